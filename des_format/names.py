@@ -1,0 +1,78 @@
+"""Which names may stand in a container, and where an external payload is kept. Pure."""
+
+from __future__ import annotations
+
+from des_format.errors import InvalidEntryName
+from des_format.layout import BIG_FILES_FOLDER, MAX_NAME
+
+MAX_COMPONENT = 255  # bytes; NAME_MAX of Linux: a longer component cannot be shown
+MAX_PATH = 4095  # bytes; PATH_MAX of Linux less its NUL
+STRICT_FORBIDDEN = '/\\:*?"<>|'  # what the first writers of the format refuse
+
+
+def name_problem(name: bytes) -> str | None:
+    """Why a reader must not show an entry of this name, or None. The order of the checks is that of the reasons' weight."""
+    if not name:
+        return "the name is empty"
+    if b"\0" in name:
+        return f"the name has a NUL at byte {name.index(0)}"
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"the name is not UTF-8 at byte {error.start}"
+    if name.startswith(b"/"):
+        return "the name is an absolute path"
+    if len(name) > MAX_PATH:
+        return f"the name has {len(name)} bytes, more than the {MAX_PATH} of a path"
+    for component in name.split(b"/"):
+        if not component:
+            return "the name has an empty component"
+        if component in (b".", b".."):
+            return f"the name has a component {component.decode()!r}"
+        if len(component) > MAX_COMPONENT:
+            return f"the name has a component of {len(component)} bytes, more than {MAX_COMPONENT}"
+    return None
+
+
+def check_writable(name: str, *, strict: bool = False) -> bytes:
+    """The name as the bytes that an index record holds.
+
+    Names that no mount could show (components over 255 bytes, paths over 4,095) are refused as well: what cannot be
+    read back is not written. `strict` also refuses the characters that the format's first writers refuse.
+
+    Raises: InvalidEntryName with the reason.
+    """
+    try:
+        raw = name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidEntryName(f"{name!r}: not UTF-8 at character {error.start}") from None
+    if strict:
+        for position, character in enumerate(name):
+            if character in STRICT_FORBIDDEN:
+                raise InvalidEntryName(f"{name!r}: {character!r} at character {position} is refused by strict_names")
+    if len(raw) > MAX_NAME:
+        raise InvalidEntryName(f"{name[:80]!r}…: the name has {len(raw)} bytes, more than {MAX_NAME}")
+    problem = name_problem(raw)
+    if problem is not None:
+        raise InvalidEntryName(f"{name[:80]!r}: {problem}")
+    return raw
+
+
+def external_key(container_key: str, name: str) -> str:
+    """Where every v1 reader looks for the payload of an external entry: `{folder of the container}/_bigFiles/{name}`."""
+    folder, slash, _ = container_key.rpartition("/")
+    return f"{folder}{slash}{BIG_FILES_FOLDER}/{name}"
+
+
+def recorded_external_key(recorded: object, name: str) -> str | None:
+    """`external_key` of an entry's META if it may be used, else None: it has to be a plain relative key that lies in a
+    `_bigFiles/` folder and ends in the entry's name. Whether it lies in the store is for the store's owner to see."""
+    if not isinstance(recorded, str):
+        return None
+    components = recorded.split("/")
+    if any(component in ("", ".", "..") for component in components) or "\0" in recorded:
+        return None
+    if BIG_FILES_FOLDER not in components[:-1]:
+        return None
+    inside = "/".join(components[components.index(BIG_FILES_FOLDER) + 1 :])
+    return recorded if inside == name or inside.endswith(f"/{name}") else None
