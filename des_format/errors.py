@@ -27,6 +27,10 @@ class CorruptMeta(DesFormatError):
     """The metadata of one entry is damaged; its bytes can still be served."""
 
 
+class InvalidMeta(DesFormatError):
+    """Metadata given to a writer that is no JSON object, or too large."""
+
+
 class InvalidEntryName(DesFormatError):
     """The name cannot stand in a container, or cannot be written under the rules asked for."""
 
@@ -39,8 +43,8 @@ class NamesExhausted(DesFormatError):
     """All names that a day has under the configured `wrap_bits` are used up."""
 
 
-class EntryTooLarge(DesFormatError):
-    """A payload or its metadata is larger than the format or the configuration allows."""
+class SizeMismatch(DesFormatError):
+    """A stream held more or fewer bytes than its caller had announced."""
 
 
 class WriterClosed(DesFormatError):

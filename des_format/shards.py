@@ -12,6 +12,7 @@ Shard = NewType("Shard", int)
 
 MAX_SHARD_BITS = 32
 CONTAINER_SUFFIX = ".des"
+SEALED = -1  # the generation of a container without one: older than every part
 
 
 def _check_bits(shard_bits: int) -> None:
@@ -56,7 +57,7 @@ class ContainerKey:
     """What the file name of a container says.
 
     `group` names the shard whose containers override one another by generation: `x3f` for the hex shard 3f, `d10` for
-    `shard_10`, and the whole stem for names that are no shard's. A sealed container has generations (0, 0), a part
+    `shard_10`, and the whole stem for names that are no shard's. A sealed container has generations (-1, -1), a part
     (n, n), a merged part (first, last).
     """
 
@@ -84,14 +85,14 @@ def parse_container_name(file_name: str) -> ContainerKey | None:
     if match := _HEX_SHARD.fullmatch(stem):
         shard, first, last = match.groups()
         if first is None:
-            return ContainerKey("x" + shard, 0, 0)
+            return ContainerKey("x" + shard, SEALED, SEALED)
         if last is None:
             return ContainerKey("x" + shard, int(first), int(first))
         if int(first) <= int(last):
             return ContainerKey("x" + shard, int(first), int(last))
     if match := _DECIMAL_SHARD.fullmatch(stem):
-        return ContainerKey(f"d{int(match[1])}", 0, 0)
-    return ContainerKey(stem, 0, 0)
+        return ContainerKey(f"d{int(match[1])}", SEALED, SEALED)
+    return ContainerKey(stem, SEALED, SEALED)
 
 
 def hex_group(shard: str) -> str:

@@ -1,0 +1,219 @@
+"""Caches for the raw tail of a container (META, INDEX and FOOTER), so that opening it again costs no request.
+
+Everything that is kept is sealed with a checksum and the key it was stored under, and is never unpickled: a torn,
+tampered or foreign value is a miss, and so is a cache that fails. Keys hold the ETag, so a value is never out of date.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from hashlib import sha256
+from pathlib import Path
+from struct import Struct
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import google_crc32c
+
+if TYPE_CHECKING:
+    import redis
+
+log = logging.getLogger(__name__)
+
+_SEAL = Struct("<8sII")  # magic, crc32c of all that follows, length of the key
+_MAGIC = b"DESCACH1"
+
+
+class CacheKey(NamedTuple):
+    """A version of a container: the store's URL, the container's key in it, and its ETag ("" for the note that says
+    which version was seen last)."""
+
+    store: str
+    key: str
+    etag: str
+
+    def digest(self) -> str:
+        """A name for this key that fits file names and Redis keys: 64 hex digits."""
+        return sha256("\0".join(self).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class IndexCache(Protocol):
+    """Bytes by key. Methods may be called from any thread, and never raise for a fault of the cache itself."""
+
+    def get(self, key: CacheKey) -> bytes | None:
+        """What was put under exactly this key, or None."""
+        ...
+
+    def put(self, key: CacheKey, value: bytes) -> None:
+        """Keep a value, if the cache can; older ones make room."""
+        ...
+
+
+def seal(key: CacheKey, value: bytes) -> bytes:
+    """The value with its key and a checksum over both."""
+    name = "\0".join(key).encode("utf-8", "surrogatepass")
+    body = name + value
+    return _SEAL.pack(_MAGIC, google_crc32c.value(body), len(name)) + body
+
+
+def unseal(key: CacheKey, sealed: bytes) -> bytes | None:
+    """The value, or None if it is not whole or belongs to another key."""
+    if len(sealed) < _SEAL.size:
+        return None
+    magic, checksum, name_length = _SEAL.unpack_from(sealed)
+    body = sealed[_SEAL.size :]
+    name = "\0".join(key).encode("utf-8", "surrogatepass")
+    if magic != _MAGIC or body[:name_length] != name or google_crc32c.value(body) != checksum:
+        return None
+    return body[name_length:]
+
+
+class InMemoryIndexCache:
+    """Keeps up to `max_bytes` in this process, least recently used first to go."""
+
+    def __init__(self, max_bytes: int = 256 * 1024 * 1024) -> None:
+        self._max_bytes = max_bytes
+        self._values: OrderedDict[CacheKey, bytes] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: CacheKey) -> bytes | None:
+        with self._lock:
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+            return value
+
+    def put(self, key: CacheKey, value: bytes) -> None:
+        with self._lock:
+            self._bytes += len(value) - len(self._values.pop(key, b""))
+            self._values[key] = value
+            while self._bytes > self._max_bytes:
+                _, dropped = self._values.popitem(last=False)
+                self._bytes -= len(dropped)
+
+
+class DiskIndexCache:
+    """Keeps up to `max_bytes` in files below a folder, least recently used first to go; survives restarts, and may be
+    shared by processes. A disk that is full or refuses is a miss."""
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int = 1024 * 1024 * 1024) -> None:
+        self._folder = Path(folder)
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+
+    def get(self, key: CacheKey) -> bytes | None:
+        path = self._path(key)
+        try:
+            sealed = path.read_bytes()
+            os.utime(path)  # the time of use: what eviction goes by
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("index cache %s: cannot read: %s", self._folder, error)
+            return None
+        value = unseal(key, sealed)
+        if value is None:
+            log.warning("index cache %s: %s is damaged and is dropped", self._folder, path.name)
+            self._drop(path)
+        return value
+
+    def put(self, key: CacheKey, value: bytes) -> None:
+        sealed = seal(key, value)
+        if len(sealed) > self._max_bytes:
+            return
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # No fsync: the checksum finds what a crash tears.
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+                try:
+                    file.write(sealed)
+                    file.flush()
+                    os.replace(file.name, path)
+                except BaseException:
+                    self._drop(Path(file.name))
+                    raise
+            self._evict()
+        except OSError as error:
+            log.warning("index cache %s: cannot write: %s", self._folder, error)
+
+    def _path(self, key: CacheKey) -> Path:
+        digest = key.digest()
+        return self._folder / digest[:2] / digest
+
+    def _drop(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("index cache %s: cannot remove %s: %s", self._folder, path.name, error)
+
+    def _evict(self) -> None:
+        with self._lock:
+            files = []
+            for path in self._folder.glob("??/*"):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue  # another process evicted it
+                files.append((status.st_mtime_ns, status.st_size, path))
+            excess = sum(size for _, size, _ in files) - self._max_bytes
+            for _, size, path in sorted(files):
+                if excess <= 0:
+                    return
+                self._drop(path)
+                excess -= size
+
+
+class RedisIndexCache:
+    """Shares values between hosts through Redis, compressed, for `ttl_s` seconds. A Redis that fails is a miss."""
+
+    MAX_VALUE = 512 * 1024 * 1024  # bytes: a Redis string holds no more, and nothing larger is unpacked
+
+    def __init__(self, client: redis.Redis | str, ttl_s: int = 7 * 24 * 3600, prefix: str = "desfs:index:") -> None:
+        """`client` is a connected `redis.Redis` (bytes, no decode_responses) or a `redis://` URL.
+
+        Raises: ImportError without the packages redis and zstandard (the extra `redis`).
+        """
+        import redis
+        import zstandard
+
+        # A cache that answers slower than the store is no use: short time-outs.
+        self._client = (
+            redis.Redis.from_url(client, socket_timeout=2.0, socket_connect_timeout=1.0)
+            if isinstance(client, str)
+            else client
+        )
+        self._failures: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+        self._zstd = zstandard
+        self._ttl_s = ttl_s
+        self._prefix = prefix
+
+    def get(self, key: CacheKey) -> bytes | None:
+        try:
+            packed = self._client.get(self._prefix + key.digest())
+        except self._failures as error:
+            log.warning("index cache in Redis: cannot read: %s", error)
+            return None
+        if not isinstance(packed, bytes):
+            return None
+        try:
+            if not 0 <= self._zstd.frame_content_size(packed) <= self.MAX_VALUE:
+                return None
+            sealed = self._zstd.ZstdDecompressor().decompress(packed)
+        except self._zstd.ZstdError as error:
+            log.warning("index cache in Redis: a value is damaged: %s", error)
+            return None
+        return unseal(key, sealed)
+
+    def put(self, key: CacheKey, value: bytes) -> None:
+        if len(value) > self.MAX_VALUE:
+            return
+        packed = self._zstd.ZstdCompressor(level=3).compress(seal(key, value))
+        try:
+            self._client.set(self._prefix + key.digest(), packed, ex=self._ttl_s)
+        except self._failures as error:
+            log.warning("index cache in Redis: cannot write: %s", error)

@@ -1,0 +1,351 @@
+"""The parsed index of a container: a handful of arrays, no object per file.
+
+Memory per entry, besides its name: offset of the name 4, hash 8, row 4, data offset 8, data length 8, META offset 8,
+META length 4, flags 4, state 1: 49 bytes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from des_format.errors import CorruptEntry, NoSuchEntry, NotAContainer, UnsupportedEntry
+from des_format.layout import DELETED, EXTERNAL, MAX_META, NAME_LENGTH, RECORD, Footer
+from des_format.names import MAX_COMPONENT, name_problem
+
+_RECORD_DTYPE = np.dtype(
+    [("data_offset", "<u8"), ("data_length", "<u8"), ("meta_offset", "<u8"), ("meta_length", "<u8"), ("flags", "<u4")]
+)
+assert _RECORD_DTYPE.itemsize == RECORD.size
+_FIXED = NAME_LENGTH.size + RECORD.size
+_CHUNK = 1 << 17  # records gathered at a time: bounds the temporary arrays to a few dozen MB
+_MAX_FILE = 2**63 - 1  # st_size is signed
+
+# States of a row. A row without HIDDEN, DUPLICATE and DELETED is shown; BAD_FLAGS and BAD_DATA make it unreadable.
+HIDDEN = 1  # its name cannot be shown
+DUPLICATE = 2  # a later row has the same name
+TOMBSTONE = 4  # flag DELETED: hides older entries of the name
+BAD_FLAGS = 8  # a flag that this reader does not implement
+BAD_DATA = 16  # the payload's range is not inside DATA
+BAD_META = 32  # the META range is not inside META, or longer than an entry's may be
+
+Bytes1 = npt.NDArray[np.uint8]
+
+
+class Entry(NamedTuple):
+    """One row as the format stores it; offsets are absolute, `meta_length` 0 means no metadata."""
+
+    name: str
+    data_offset: int
+    data_length: int
+    meta_offset: int
+    meta_length: int
+    flags: int
+
+    @property
+    def is_external(self) -> bool:
+        return bool(self.flags & EXTERNAL)
+
+
+class Index:
+    """The entries of one container. Rows are numbered in data order: ascending payload offset, external entries where
+    the writer put them.
+
+    Columns, all of length `rows`: `data_offset`, `data_length`, `meta_offset` u64, `meta_length` u32, `flags` u32,
+    `state` u8 (the bits above); `name_offset` u32 or u64 of length rows + 1 into the names' bytes. `find` searches
+    `hash: u64[n] ascending` with `row: u32[n]`, n being the rows that are shown or tombstones.
+    """
+
+    __slots__ = (
+        "_hash",
+        "_hash_row",
+        "_names",
+        "container",
+        "data_length",
+        "data_offset",
+        "flags",
+        "footer",
+        "meta_length",
+        "meta_offset",
+        "name_offset",
+        "state",
+    )
+
+    def __init__(self, raw: bytes | bytearray | memoryview, footer: Footer, container: str) -> None:
+        """Parse the INDEX region `raw` of a container whose footer has been checked; `container` names it in errors.
+
+        Raises: NotAContainer when the records do not fill the region, or are not `file_count`.
+        """
+        self.container = container
+        self.footer = footer
+        starts, name_lengths = _record_starts(raw, footer, container)
+        records, names = _gather(np.frombuffer(raw, np.uint8), starts, name_lengths)
+        del starts
+        offsets = np.zeros(len(name_lengths) + 1, np.uint32 if len(names) < 2**32 else np.uint64)
+        np.cumsum(name_lengths, out=offsets[1:])
+        state = _states(records, footer)
+        state[_unshowable(names, offsets)] |= HIDDEN
+        hashes = _hashes(names, offsets)
+        state[_older_duplicates(names, offsets, hashes)] |= DUPLICATE
+        order = _data_order(records, state)
+        if order is not None:
+            names, offsets = _permute_names(names, offsets, order)
+            records, state, hashes = records[order], state[order], hashes[order]
+        self._names = names
+        self.name_offset = offsets
+        self.state = state
+        self.data_offset = records["data_offset"].copy()
+        self.data_length = records["data_length"].copy()
+        self.meta_offset = records["meta_offset"].copy()
+        self.meta_length = np.where(state & BAD_META, 0, records["meta_length"]).astype(np.uint32)
+        self.flags = records["flags"].copy()
+        del records
+        findable = np.flatnonzero((state & (HIDDEN | DUPLICATE)) == 0).astype(np.uint32)
+        hashes = hashes[findable]
+        by_hash = np.argsort(hashes, kind="stable")
+        self._hash = hashes[by_hash]
+        self._hash_row = findable[by_hash]
+
+    @property
+    def rows(self) -> int:
+        """All rows, shown or not."""
+        return len(self.state)
+
+    @property
+    def hashes(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """The name table (hash ascending, row): rows that are shown or tombstones. Not to be written to."""
+        return self._hash, self._hash_row
+
+    def shown(self) -> npt.NDArray[np.uint32]:
+        """The rows whose names a reader shows, ascending, which is data order."""
+        return np.flatnonzero((self.state & (HIDDEN | DUPLICATE | TOMBSTONE)) == 0).astype(np.uint32)
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero((self.state & (HIDDEN | DUPLICATE | TOMBSTONE)) == 0))
+
+    def __iter__(self) -> Iterator[str]:
+        """The shown names in data order."""
+        for row in self.shown().tolist():
+            yield self.name(row).decode()
+
+    def __contains__(self, name: str) -> bool:
+        row = self.find(name.encode("utf-8", "surrogatepass"))
+        return row is not None and not self.state[row] & TOMBSTONE
+
+    def name(self, row: int) -> bytes:
+        """The name of a row as it stands in the container."""
+        return self._names[self.name_offset[row] : self.name_offset[row + 1]]
+
+    def find(self, name: bytes) -> int | None:
+        """The row that decides about `name`: its last one, a tombstone included; None when there is none."""
+        wanted = np.uint64(xxhash.xxh3_64_intdigest(name))
+        at = int(self._hash.searchsorted(wanted))
+        while at < len(self._hash) and self._hash[at] == wanted:
+            row = int(self._hash_row[at])
+            if self.name(row) == name:
+                return row
+            at += 1
+        return None
+
+    def find_shown(self, name: str) -> int:
+        """The row of a name that a reader shows. Raises: NoSuchEntry."""
+        row = self.find(name.encode("utf-8", "surrogatepass"))
+        if row is None or self.state[row] & TOMBSTONE:
+            raise NoSuchEntry(f"{self.container}: no entry {name!r}")
+        return row
+
+    def entry(self, row: int) -> Entry:
+        """One row as a value; its name must be one that a reader shows."""
+        return Entry(
+            self.name(row).decode(),
+            int(self.data_offset[row]),
+            int(self.data_length[row]),
+            int(self.meta_offset[row]),
+            int(self.meta_length[row]),
+            int(self.flags[row]),
+        )
+
+    def check_readable(self, row: int) -> None:
+        """Raises: UnsupportedEntry for a flag that this reader does not implement; CorruptEntry for a payload that does
+        not lie in DATA."""
+        state = self.state[row]
+        if state & (BAD_FLAGS | BAD_DATA):
+            problem = self.problem(row)
+            raise (UnsupportedEntry if state & BAD_FLAGS else CorruptEntry)(f"{self.container}: {problem}")
+
+    def problem(self, row: int) -> str | None:
+        """What is wrong with a row, for a report; None for a sound one, a tombstone or an overridden duplicate."""
+        state = int(self.state[row])
+        name = self.name(row)
+        label = name[:80].decode("utf-8", "backslashreplace") + ("…" if len(name) > 80 else "")
+        if state & HIDDEN:
+            return f"entry {row} {label!r}: not shown: {name_problem(name)}"
+        if state & (DUPLICATE | TOMBSTONE):
+            return None
+        if state & BAD_FLAGS:
+            return f"entry {row} {label!r}: flags: found {int(self.flags[row]):#x}, want no flag but {EXTERNAL:#x}"
+        if state & BAD_DATA:
+            start, length = int(self.data_offset[row]), int(self.data_length[row])
+            stop = self.footer.data_start + self.footer.data_length
+            return (
+                f"entry {row} {label!r}: payload: found bytes {start} to {start + length}, "
+                f"want them in DATA ({self.footer.data_start} to {stop})"
+            )
+        if state & BAD_META:
+            return (
+                f"entry {row} {label!r}: metadata at byte {int(self.meta_offset[row])} is not inside META "
+                f"({self.footer.meta_start} to {self.footer.meta_start + self.footer.meta_length}) or too long"
+            )
+        return None
+
+    def problem_rows(self) -> npt.NDArray[np.int64]:
+        """The rows that `problem` has something to say about."""
+        bad = (self.state & (HIDDEN | BAD_FLAGS | BAD_DATA | BAD_META)) != 0
+        silent = ((self.state & (DUPLICATE | TOMBSTONE)) != 0) & ((self.state & HIDDEN) == 0)
+        return np.flatnonzero(bad & ~silent)
+
+
+def _record_starts(
+    raw: bytes | bytearray | memoryview, footer: Footer, container: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each record begins, relative to the region, and the length of its name."""
+    found = array("q")
+    append = found.append
+    position, last = 0, len(raw) - _FIXED
+    for _ in repeat(None, footer.file_count):
+        if position > last:
+            break
+        append(position)
+        position += _FIXED + (raw[position] | raw[position + 1] << 8)
+    if len(found) < footer.file_count or position != len(raw):
+        raise NotAContainer(
+            f"{container}: INDEX at byte {footer.index_start}: found {len(found)} records that end at byte "
+            f"{footer.index_start + position}, want {footer.file_count} that end at {footer.index_start + len(raw)}"
+        )
+    append(position)
+    bounds = np.frombuffer(found, np.int64)
+    return bounds[:-1], np.diff(bounds) - _FIXED
+
+
+def _gather(
+    raw: Bytes1, starts: npt.NDArray[np.int64], name_lengths: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.void], bytes]:
+    """The fixed parts of all records as one structured array, and all names in one piece."""
+    count = len(starts)
+    records = np.empty(count, _RECORD_DTYPE)
+    if count == 0:
+        return records, b""
+    # A structured view with a stride of one byte: element i is the record whose fixed part begins at byte i.
+    anywhere: npt.NDArray[np.void] = np.ndarray((len(raw) - RECORD.size + 1,), _RECORD_DTYPE, raw.data, strides=(1,))
+    names = []
+    for low in range(0, count, _CHUNK):
+        high = min(low + _CHUNK, count)
+        begin, lengths = starts[low:high], name_lengths[low:high]
+        records[low:high] = anywhere[begin + NAME_LENGTH.size + lengths]
+        widths = np.empty((high - low, 3), np.int64)
+        widths[:, 0], widths[:, 1], widths[:, 2] = NAME_LENGTH.size, lengths, RECORD.size
+        is_name = np.repeat(np.tile(np.array([False, True, False]), high - low), widths.ravel())
+        names.append(raw[begin[0] : begin[0] + len(is_name)][is_name].tobytes())
+    return records, b"".join(names)
+
+
+def _states(records: npt.NDArray[np.void], footer: Footer) -> Bytes1:
+    """BAD_FLAGS, TOMBSTONE, BAD_DATA and BAD_META of each row."""
+    flags = records["flags"]
+    state = np.zeros(len(records), np.uint8)
+    deleted = (flags & DELETED) != 0
+    state[deleted] |= TOMBSTONE
+    state[~deleted & ((flags & ~np.uint32(EXTERNAL)) != 0)] |= BAD_FLAGS
+    external = (flags & EXTERNAL) != 0
+    start, length = records["data_offset"], records["data_length"]
+    # An empty payload lies everywhere. The rest is written so that nothing wraps at 64 bits.
+    stop = np.uint64(footer.data_start + footer.data_length)
+    inside = (start >= np.uint64(footer.data_start)) & (start <= stop) & (length <= stop - np.minimum(start, stop))
+    inside |= length == 0
+    state[~deleted & np.where(external, length > np.uint64(_MAX_FILE), ~inside)] |= BAD_DATA
+    start, length = records["meta_offset"], records["meta_length"]
+    stop = np.uint64(footer.meta_start + footer.meta_length)
+    inside = (start >= np.uint64(footer.meta_start)) & (start <= stop) & (length <= stop - np.minimum(start, stop))
+    state[(length != 0) & (~inside | (length > np.uint64(MAX_META)))] |= BAD_META
+    return state
+
+
+def _hashes(names: bytes, offsets: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint64]:
+    digest = xxhash.xxh3_64_intdigest
+    bounds = offsets.tolist()
+    return np.fromiter(
+        (digest(names[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)),
+        np.uint64,
+        len(bounds) - 1,
+    )
+
+
+def _unshowable(names: bytes, offsets: npt.NDArray[np.unsignedinteger]) -> list[int]:
+    """The rows with names that a reader never shows. Only what looks odd in a scan of all bytes is checked one by one."""
+    raw = np.frombuffer(names, np.uint8)
+    starts, stops = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
+    lengths = stops - starts
+    suspects = [np.flatnonzero((lengths == 0) | (lengths > MAX_COMPONENT))]
+    if len(raw):
+        real = np.flatnonzero(lengths > 0)
+        begins_component = np.zeros(len(raw), np.bool_)
+        begins_component[1:] = raw[:-1] == ord("/")
+        begins_component[starts[real]] = True
+        odd = (raw == 0) | (begins_component & ((raw == ord("/")) | (raw == ord("."))))
+        odd[stops[real] - 1] |= raw[stops[real] - 1] == ord("/")
+        try:
+            names.decode("utf-8")
+            # Sound as a whole. Where a name begins with a continuation byte, it and the name before share a character.
+            shared = np.flatnonzero((raw[starts[real]] & 0xC0) == 0x80)
+            suspects += [real[shared], real[shared - 1]]
+        except UnicodeDecodeError:
+            odd |= raw >= 0x80
+        suspects.append(np.searchsorted(starts, np.flatnonzero(odd), "right") - 1)
+    rows = np.unique(np.concatenate(suspects)).tolist()
+    return [row for row in rows if name_problem(names[starts[row] : stops[row]]) is not None]
+
+
+def _older_duplicates(
+    names: bytes, offsets: npt.NDArray[np.unsignedinteger], hashes: npt.NDArray[np.uint64]
+) -> list[int]:
+    """The rows whose name stands again in a later row."""
+    order = np.argsort(hashes, kind="stable")
+    ascending = hashes[order]
+    equal = np.flatnonzero(ascending[1:] == ascending[:-1])
+    older: list[int] = []
+    latest: dict[bytes, int] = {}
+    for row in np.unique(np.concatenate([order[equal], order[equal + 1]])).tolist():
+        name = names[offsets[row] : offsets[row + 1]]
+        if name in latest:
+            older.append(latest[name])
+        latest[name] = row
+    return older
+
+
+def _data_order(records: npt.NDArray[np.void], state: Bytes1) -> npt.NDArray[np.int64] | None:
+    """The permutation that puts the rows in the order of their payloads; None if they are. Rows without a payload in DATA
+    stay behind their predecessor."""
+    placed = ((records["flags"] & EXTERNAL) == 0) & ((state & (TOMBSTONE | BAD_DATA)) == 0) & (records["data_length"] > 0)
+    position = np.where(placed, np.arange(len(records)), 0)
+    np.maximum.accumulate(position, out=position)
+    key = np.where(placed[position], records["data_offset"][position], 0) if len(records) else position
+    if len(records) < 2 or bool(np.all(key[1:] >= key[:-1])):
+        return None
+    return np.argsort(key, kind="stable")
+
+
+def _permute_names(
+    names: bytes, offsets: npt.NDArray[np.unsignedinteger], order: npt.NDArray[np.int64]
+) -> tuple[bytes, npt.NDArray[np.unsignedinteger]]:
+    bounds = offsets.tolist()
+    moved = b"".join(names[bounds[row] : bounds[row + 1]] for row in order.tolist())
+    lengths = np.diff(offsets.astype(np.int64))[order]
+    permuted = np.zeros_like(offsets)
+    np.cumsum(lengths, out=permuted[1:])
+    return moved, permuted

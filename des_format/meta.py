@@ -1,0 +1,135 @@
+"""The metadata of all entries as columns: what a directory listing and a verified read need, nothing else."""
+
+from __future__ import annotations
+
+from array import array
+from decimal import Decimal, InvalidOperation
+
+import google_crc32c
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from des_format.codec import Buffer
+from des_format.errors import CorruptEntry
+from des_format.index import BAD_META, Index
+
+NO_TIME = np.iinfo(np.int64).min
+NO_MODE = 0xFFFF
+_MAX_TIME_NS = 2**63 - 1
+_PERMISSIONS = 0o7777
+
+
+class _Keys(msgspec.Struct):
+    """The keys that this project gives a meaning (DES v1, Metadata). Raw: an application may use the same key for
+    something else, and a float would lose the nanoseconds of `mtime`."""
+
+    size: msgspec.Raw = msgspec.Raw()
+    mtime: msgspec.Raw = msgspec.Raw()
+    mode: msgspec.Raw = msgspec.Raw()
+    crc32c: msgspec.Raw = msgspec.Raw()
+    sha256: msgspec.Raw = msgspec.Raw()
+
+
+_decoder = msgspec.json.Decoder(_Keys)
+
+
+class MetaColumns:
+    """Metadata of the rows of an index.
+
+    `mtime_ns: i64[rows]` (NO_TIME: not given), `mode: u16[rows]` permission bits (NO_MODE: not given),
+    `crc32c: u32[rows]` valid where `has_crc32c`, `damaged: bool[rows]` (no JSON object, or at odds with the index);
+    `sha256` holds the digests of the rows that have one and no crc32c.
+    """
+
+    __slots__ = ("crc32c", "damaged", "has_crc32c", "mode", "mtime_ns", "sha256")
+
+    def __init__(self, rows: int) -> None:
+        self.mtime_ns: npt.NDArray[np.int64] = np.full(rows, NO_TIME, np.int64)
+        self.mode: npt.NDArray[np.uint16] = np.full(rows, NO_MODE, np.uint16)
+        self.crc32c: npt.NDArray[np.uint32] = np.zeros(rows, np.uint32)
+        self.has_crc32c: npt.NDArray[np.bool_] = np.zeros(rows, np.bool_)
+        self.damaged: npt.NDArray[np.bool_] = np.zeros(rows, np.bool_)
+        self.sha256: dict[int, str] = {}
+
+    def fill(self, index: Index, raw: Buffer, start: int) -> None:
+        """Decode the rows whose META lies in `raw`, which begins at byte `start` of the container."""
+        view = memoryview(raw)
+        stop = start + len(view)
+        lengths = index.meta_length
+        offsets = index.meta_offset
+        inside = (lengths > 0) & (offsets >= np.uint64(start)) & (offsets + lengths <= np.uint64(stop))
+        self.damaged |= (index.state & BAD_META) != 0
+        rows = np.flatnonzero(inside)
+        mtimes, modes, crcs = array("q"), array("H"), array("q")
+        for row, offset, length, size in zip(
+            rows.tolist(),
+            (offsets[rows] - np.uint64(start)).tolist(),
+            lengths[rows].tolist(),
+            index.data_length[rows].tolist(),
+            strict=True,
+        ):
+            mtime_ns, mode, crc = NO_TIME, NO_MODE, -1
+            try:
+                keys = _decoder.decode(view[offset : offset + length])
+                if keys.size and bytes(keys.size) != b"%d" % size:
+                    raise ValueError(f"size {bytes(keys.size)!r}")
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                self.damaged[row] = True
+            else:
+                if keys.mtime:
+                    mtime_ns = _nanoseconds(bytes(keys.mtime))
+                if keys.mode and bytes(keys.mode).isdigit():
+                    mode = int(bytes(keys.mode)[:12]) & _PERMISSIONS
+                if keys.crc32c:
+                    crc = _hex_value(bytes(keys.crc32c), 8)
+                if crc < 0 and keys.sha256 and _hex_value(bytes(keys.sha256), 64) >= 0:
+                    self.sha256[row] = bytes(keys.sha256)[1:-1].decode()
+            mtimes.append(mtime_ns)
+            modes.append(mode)
+            crcs.append(crc)
+        self.mtime_ns[rows] = np.frombuffer(mtimes, np.int64)
+        self.mode[rows] = np.frombuffer(modes, np.uint16)
+        found = np.frombuffer(crcs, np.int64)
+        self.has_crc32c[rows] = found >= 0
+        self.crc32c[rows] = found.astype(np.uint32)
+
+    def verify(self, index: Index, row: int, payload: Buffer) -> None:
+        """Compare a payload with the checksum that META has for it, if any. Raises: CorruptEntry."""
+        if self.has_crc32c[row]:
+            _compare(index, row, "crc32c", f"{google_crc32c.value(bytes(payload)):08x}", f"{int(self.crc32c[row]):08x}")
+        elif row in self.sha256:
+            from hashlib import sha256
+
+            _compare(index, row, "sha256", sha256(payload).hexdigest(), self.sha256[row])
+
+
+def _compare(index: Index, row: int, kind: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        name = index.name(row).decode("utf-8", "backslashreplace")
+        raise CorruptEntry(
+            f"{index.container}: {name!r}: payload at byte {int(index.data_offset[row])}: found {kind} {found}, "
+            f"want {wanted}"
+        )
+
+
+def _nanoseconds(number: bytes) -> int:
+    """Seconds as a JSON number to ns, NO_TIME for what is no number or no time; digits past the ninth are cut."""
+    seconds, _, fraction = number.partition(b".")
+    if seconds.isdigit() and (fraction.isdigit() or not fraction) and len(seconds) <= 10:
+        return int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, b"0"))
+    try:
+        value = Decimal(number.decode("ascii"))
+        return int(value.scaleb(9)) if abs(value) < _MAX_TIME_NS // 1_000_000_000 else NO_TIME
+    except (InvalidOperation, ValueError, OverflowError):
+        return NO_TIME
+
+
+def _hex_value(quoted: bytes, digits: int) -> int:
+    """The value of a JSON string of exactly so many hex digits, -1 for anything else."""
+    if len(quoted) != digits + 2:
+        return -1
+    try:
+        return int.from_bytes(bytes.fromhex(quoted[1:-1].decode("ascii")), "big")
+    except ValueError:
+        return -1
