@@ -174,24 +174,31 @@ class _DayLedger:
             return SEQUENCES_PER_MS
         return used
 
-    def use(self, ms: int, mask: int, sequence: int, exact_fields: int) -> int:
-        """Note that all sequence numbers up to this one are used; the bytes that this took."""
+    def take(self, ms: int, mask: int, exact_fields: int) -> int:
+        """The first free sequence number of the time field of `ms`, used from now on, or 256."""
         field = ms & mask
-        self.last_ms = max(self.last_ms, ms)
-        taken = 0
-        if field < exact_fields:
-            counts = self.exact.get(field >> 10)
-            if counts is None:
-                counts = self.exact[field >> 10] = array("H", bytes(2 * _BLOCK))
-                taken = 2 * _BLOCK
-            counts[field & 1023] = sequence + 1
+        block = field >> 10
+        counts = self.exact.get(block)
+        marks = self.coarse.get(field >> 16)
+        if counts is None and marks is not None and self.spent is None and field >= exact_fields:  # as good as always
+            sequence = marks[block & 63] - ((field & 1023) << 8)
+            if sequence < 0:
+                sequence = 0
         else:
-            marks = self.coarse.get(field >> 16)
+            sequence = self.next_sequence(ms, mask)
+        if sequence >= SEQUENCES_PER_MS:
+            return SEQUENCES_PER_MS
+        if field >= exact_fields:
             if marks is None:
                 marks = self.coarse[field >> 16] = array("I", bytes(4 * _COARSE_PAGE))
-                taken = 4 * _COARSE_PAGE
-            marks[field >> 10 & 63] = ((field & 1023) << 8) + sequence + 1
-        return taken
+            marks[block & 63] = ((field & 1023) << 8) + sequence + 1
+        else:
+            if counts is None:
+                counts = self.exact[block] = array("H", bytes(2 * _BLOCK))
+            counts[field & 1023] = sequence + 1
+        if ms > self.last_ms:
+            self.last_ms = ms
+        return sequence
 
     def next_free_ms(self, ms: int, wrap_bits: int) -> int | None:
         """A millisecond after `ms` until which there is no free name, or None when there is none at all."""
@@ -216,13 +223,15 @@ class _DayLedger:
         start = block * _BLOCK
         return all(self.next_sequence(ms, mask) == SEQUENCES_PER_MS for ms in range(start, start + _BLOCK))
 
-    def forget_details(self) -> int:
-        """Give up all names between the first and the last use; the bytes that this freed."""
-        freed = sum(2 * _BLOCK for _ in self.exact) + sum(4 * _COARSE_PAGE for _ in self.coarse)
+    @property
+    def size(self) -> int:
+        return 2 * _BLOCK * len(self.exact) + 4 * _COARSE_PAGE * len(self.coarse)
+
+    def forget_details(self) -> None:
+        """Give up all names between the first and the last use."""
         self.spent = (self.first_ms, self.last_ms)
         self.exact.clear()
         self.coarse.clear()
-        return freed
 
 
 class _SharedState:
@@ -235,23 +244,18 @@ class _SharedState:
         self.lock = threading.Lock()
         self.last_ms = 0
         self.exact_fields = 0
-        self._ledgers: dict[str, _DayLedger] = {}
-        self._ledger_bytes = 0
+        self.ledgers: dict[str, _DayLedger] = {}
 
-    def ledger(self, label: str, ms: int) -> _DayLedger:
-        ledger = self._ledgers.get(label)
-        if ledger is None:
-            if self._ledger_bytes > _LEDGER_BUDGET:  # never the two latest days: around midnight both are in use
-                for old in sorted(self._ledgers)[:-2]:
-                    self._ledger_bytes -= self._ledgers[old].forget_details()
-                    if self._ledger_bytes <= _LEDGER_BUDGET // 2:
-                        break
-            ledger = self._ledgers[label] = _DayLedger(ms)
+    def new_ledger(self, label: str, ms: int) -> _DayLedger:
+        """A ledger for a day that has none yet; the oldest ones lose their details when they have grown too large."""
+        excess = sum(ledger.size for ledger in self.ledgers.values()) - _LEDGER_BUDGET
+        for old in sorted(self.ledgers)[:-2]:  # never the two latest days: around midnight both are in use
+            if excess <= 0:
+                break
+            excess -= self.ledgers[old].size
+            self.ledgers[old].forget_details()
+        ledger = self.ledgers[label] = _DayLedger(ms)
         return ledger
-
-    def use(self, ledger: _DayLedger, ms: int, mask: int, sequence: int) -> None:
-        self.last_ms = ms
-        self._ledger_bytes += ledger.use(ms, mask, sequence, self.exact_fields)
 
 
 _states: weakref.WeakValueDictionary[tuple[str, int], _SharedState] = weakref.WeakValueDictionary()
@@ -305,33 +309,35 @@ class SnowflakeNameGenerator:
         that is none.
         """
         label = "" if day is None else self._label_of(day)
-        shared = self._shared
+        shared, mask = self._shared, self._mask
         while True:
             with shared.lock:
                 now_ns = self._logical_ns()
                 ms = now_ns // _NS_PER_MS
-                if ms <= self._created_ms:
-                    until_ms = self._created_ms + 1
-                else:
+                if ms > self._created_ms:
                     text = label or self._today_label(ms)
-                    ledger = shared.ledger(text, ms)
-                    sequence = ledger.next_sequence(ms, self._mask)
+                    ledger = shared.ledgers.get(text) or shared.new_ledger(text, ms)
+                    sequence = ledger.take(ms, mask, shared.exact_fields)
                     if sequence < SEQUENCES_PER_MS:
-                        shared.use(ledger, ms, self._mask, sequence)
+                        shared.last_ms = ms
                         break
                     until_ms = self._next_free_ms(ledger, ms, text)
+                else:
+                    until_ms = self._created_ms + 1
             self._sleep((until_ms * _NS_PER_MS - now_ns) / 1e9)
-        return _format(self.config.prefix, text, (ms & self._mask) << 16 | self._node_bits | sequence)
+        return _format(self.config.prefix, text, (ms & mask) << 16 | self._node_bits | sequence)
 
     def _logical_ns(self) -> int:
         """Under the lock. Never less than in an earlier call of any generator that shares the state."""
-        wall_ns, monotonic_ns = self._clock_ns(), self._monotonic_ns()
+        wall_ns = self._clock_ns()
+        monotonic_ns = self._monotonic_ns()
         now_ns = self._anchor_ns + monotonic_ns - self._anchor_monotonic_ns
-        latest_ns = max(wall_ns, self._shared.last_ms * _NS_PER_MS)
-        if latest_ns > now_ns:
-            self._anchor_ns, self._anchor_monotonic_ns = latest_ns, monotonic_ns
-            return latest_ns
-        return now_ns
+        last_ns = self._shared.last_ms * _NS_PER_MS
+        if wall_ns <= now_ns >= last_ns:
+            return now_ns
+        self._anchor_ns = max(wall_ns, last_ns)
+        self._anchor_monotonic_ns = monotonic_ns
+        return self._anchor_ns
 
     def _next_free_ms(self, ledger: _DayLedger, ms: int, label: str) -> int:
         until_ms = ledger.next_free_ms(ms, self.config.wrap_bits)

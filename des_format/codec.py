@@ -41,7 +41,9 @@ def parse_header(raw: Buffer, container: str) -> None:
         )
 
 
-def build_record(name: bytes, data_offset: int, data_length: int, meta_offset: int, meta_length: int, flags: int) -> bytes:
+def build_record(
+    name: bytes, data_offset: int, data_length: int, meta_offset: int, meta_length: int, flags: int
+) -> bytes:
     """One index record; offsets are absolute."""
     return NAME_LENGTH.pack(len(name)) + name + RECORD.pack(data_offset, data_length, meta_offset, meta_length, flags)
 

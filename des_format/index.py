@@ -331,7 +331,9 @@ def _older_duplicates(
 def _data_order(records: npt.NDArray[np.void], state: Bytes1) -> npt.NDArray[np.int64] | None:
     """The permutation that puts the rows in the order of their payloads; None if they are. Rows without a payload in DATA
     stay behind their predecessor."""
-    placed = ((records["flags"] & EXTERNAL) == 0) & ((state & (TOMBSTONE | BAD_DATA)) == 0) & (records["data_length"] > 0)
+    placed = (
+        ((records["flags"] & EXTERNAL) == 0) & ((state & (TOMBSTONE | BAD_DATA)) == 0) & (records["data_length"] > 0)
+    )
     position = np.where(placed, np.arange(len(records)), 0)
     np.maximum.accumulate(position, out=position)
     key = np.where(placed[position], records["data_offset"][position], 0) if len(records) else position

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
+from hashlib import sha256
 
 import google_crc32c
 import msgspec
@@ -84,7 +86,7 @@ class MetaColumns:
                 if keys.crc32c:
                     crc = _hex_value(bytes(keys.crc32c), 8)
                 if crc < 0 and keys.sha256 and _hex_value(bytes(keys.sha256), 64) >= 0:
-                    self.sha256[row] = bytes(keys.sha256)[1:-1].decode()
+                    self.sha256[row] = bytes(keys.sha256)[1:-1].decode("ascii")
             mtimes.append(mtime_ns)
             modes.append(mode)
             crcs.append(crc)
@@ -97,19 +99,25 @@ class MetaColumns:
     def verify(self, index: Index, row: int, payload: Buffer) -> None:
         """Compare a payload with the checksum that META has for it, if any. Raises: CorruptEntry."""
         if self.has_crc32c[row]:
-            _compare(index, row, "crc32c", f"{google_crc32c.value(bytes(payload)):08x}", f"{int(self.crc32c[row]):08x}")
+            verify_payload({"crc32c": f"{int(self.crc32c[row]):08x}"}, payload, index, row)
         elif row in self.sha256:
-            from hashlib import sha256
-
-            _compare(index, row, "sha256", sha256(payload).hexdigest(), self.sha256[row])
+            verify_payload({"sha256": self.sha256[row]}, payload, index, row)
 
 
-def _compare(index: Index, row: int, kind: str, found: str, wanted: str) -> None:
+def verify_payload(meta: Mapping[str, object], payload: Buffer, index: Index, row: int) -> None:
+    """Compare a payload with the `crc32c`, else the `sha256` of its metadata. Raises: CorruptEntry."""
+    wanted, found = meta.get("crc32c"), ""
+    if isinstance(wanted, str) and len(wanted) == 8:
+        found = f"{google_crc32c.value(bytes(payload)):08x}"
+    else:
+        wanted = meta.get("sha256")
+        if not isinstance(wanted, str) or len(wanted) != 64:
+            return
+        found = sha256(payload).hexdigest()
     if found != wanted:
-        name = index.name(row).decode("utf-8", "backslashreplace")
         raise CorruptEntry(
-            f"{index.container}: {name!r}: payload at byte {int(index.data_offset[row])}: found {kind} {found}, "
-            f"want {wanted}"
+            f"{index.container}: {index.entry(row).name!r}: payload at byte {int(index.data_offset[row])}: "
+            f"found a checksum of {found}, want {wanted}"
         )
 
 

@@ -64,15 +64,21 @@ def external_key(container_key: str, name: str) -> str:
     return f"{folder}{slash}{BIG_FILES_FOLDER}/{name}"
 
 
-def recorded_external_key(recorded: object, name: str) -> str | None:
-    """`external_key` of an entry's META if it may be used, else None: it has to be a plain relative key that lies in a
-    `_bigFiles/` folder and ends in the entry's name. Whether it lies in the store is for the store's owner to see."""
-    if not isinstance(recorded, str):
-        return None
+def external_keys(container_key: str, name: str, recorded: object = None, *, root: str = "") -> list[str]:
+    """The keys under which the payload of an external entry may lie, in the order to try.
+
+    `recorded` is `external_key` of the entry's META, relative to the store's root `root` ("" or ending in `/`) or with
+    it. It is used only if it is a plain key that lies in a `_bigFiles/` folder below `root` and ends in the entry's
+    name; the rule's key comes after it, for stores that were copied to another place.
+    """
+    by_rule = external_key(container_key, name)
+    if not isinstance(recorded, str) or "\0" in recorded:
+        return [by_rule]
     components = recorded.split("/")
-    if any(component in ("", ".", "..") for component in components) or "\0" in recorded:
-        return None
-    if BIG_FILES_FOLDER not in components[:-1]:
-        return None
+    if any(component in ("", ".", "..") for component in components) or BIG_FILES_FOLDER not in components[:-1]:
+        return [by_rule]
     inside = "/".join(components[components.index(BIG_FILES_FOLDER) + 1 :])
-    return recorded if inside == name or inside.endswith(f"/{name}") else None
+    if inside != name and not inside.endswith(f"/{name}"):
+        return [by_rule]
+    key = recorded if recorded.startswith(root) else root + recorded
+    return [by_rule] if key == by_rule else [key, by_rule]

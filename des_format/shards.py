@@ -95,6 +95,14 @@ def parse_container_name(file_name: str) -> ContainerKey | None:
     return ContainerKey(stem, SEALED, SEALED)
 
 
+def guess_root(container_key: str) -> str:
+    """The store's root, "" or ending in `/`, as far as a container's key tells it: above its day's folder, if it stands
+    in one, else its own folder."""
+    folder, slash, _ = container_key.rpartition("/")
+    above, above_slash, last = folder.rpartition("/")
+    return above + above_slash if is_day(last) else folder + slash
+
+
 def hex_group(shard: str) -> str:
     """The `ContainerKey.group` of a shard in hex digits."""
     return "x" + shard
