@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import lru_cache
 
 from des_format.errors import InvalidAssignedName, NamesExhausted
 
@@ -78,11 +79,6 @@ def time_field_of(unix_ms: int, wrap_bits: int) -> int:
     return unix_ms & ((1 << wrap_bits) - 1)
 
 
-def checksum_of(value: int) -> int:
-    """The sum of the six bytes of F modulo 256."""
-    return sum(value.to_bytes(6, "big")) & 0xFF
-
-
 def day_label(day: date | str) -> str:
     """A day as it stands in a name, `YYYYMMDD`; text may be that or `YYYY-MM-DD`. Raises InvalidAssignedName."""
     if isinstance(day, date):
@@ -90,15 +86,16 @@ def day_label(day: date | str) -> str:
     label = day.replace("-", "") if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", day) else day
     if not re.fullmatch(r"[0-9]{8}", label):
         raise InvalidAssignedName(f"day: found {day!r}, want YYYYMMDD or YYYY-MM-DD")
-    _parse_day(label, day)
+    try:
+        _calendar_day(label)
+    except ValueError as error:
+        raise InvalidAssignedName(f"day: found {day!r}, want a date of the calendar ({error})") from error
     return label
 
 
-def _parse_day(label: str, text: str) -> date:
-    try:
-        return date(int(label[:4]), int(label[4:6]), int(label[6:]))
-    except ValueError as error:
-        raise InvalidAssignedName(f"{text!r}: found day {label}, want a date of the calendar ({error})") from error
+@lru_cache(maxsize=256)
+def _calendar_day(label: str) -> date:
+    return date(int(label[:4]), int(label[4:6]), int(label[6:]))
 
 
 def build_name(prefix: str, day: date, time_field: int, node_id: int, sequence: int, extension: str = "") -> str:
@@ -116,7 +113,8 @@ def build_name(prefix: str, day: date, time_field: int, node_id: int, sequence: 
 
 
 def _format(prefix: str, label: str, value: int) -> str:
-    return f"{prefix}_{label}_({value:012X}_{checksum_of(value):02X})"
+    data = value.to_bytes(6, "big")
+    return f"{prefix}_{label}_({data.hex().upper()}_{sum(data) & 0xFF:02X})"
 
 
 def parse_name(text: str) -> AssignedName:
@@ -128,12 +126,16 @@ def parse_name(text: str) -> AssignedName:
     match = _NAME.fullmatch(text)
     if match is None:
         raise InvalidAssignedName(f"found {text!r}, want PREFIX_YYYYMMDD_(12 upper-case hex digits_2 more)[.extension]")
-    value = int(match["value"], 16)
-    wanted = checksum_of(value)
-    if int(match["checksum"], 16) != wanted:
-        raise InvalidAssignedName(f"{text!r}: found checksum {match['checksum']}, want {wanted:02X}")
-    day = _parse_day(match["day"], text)
-    return AssignedName(match["prefix"], day, value >> 16, value >> 8 & 0xFF, value & 0xFF, match["extension"])
+    prefix, label, digits, checksum, extension = match.groups()
+    data = bytes.fromhex(digits)
+    wanted = sum(data) & 0xFF
+    if int(checksum, 16) != wanted:
+        raise InvalidAssignedName(f"{text!r}: found checksum {checksum}, want {wanted:02X}")
+    try:
+        day = _calendar_day(label)
+    except ValueError as error:
+        raise InvalidAssignedName(f"{text!r}: found day {label}, want a date of the calendar ({error})") from error
+    return AssignedName(prefix, day, int.from_bytes(data[:4], "big"), data[4], data[5], extension)
 
 
 _BLOCK = 1024  # milliseconds that one page of exact counts, and one coarse mark, stand for
@@ -159,6 +161,7 @@ class _DayLedger:
         self.coarse: dict[int, array[int]] = {}
         self.spent: tuple[int, int] | None = None  # first and last ms of uses whose details were dropped
         self.exhausted: set[int] = set()  # wrap_bits
+        self.grown = 0  # bytes that the shared state does not know of yet
 
     def next_sequence(self, ms: int, mask: int) -> int:
         """The first free sequence number of the time field of `ms`, or 256."""
@@ -191,10 +194,12 @@ class _DayLedger:
         if field >= exact_fields:
             if marks is None:
                 marks = self.coarse[field >> 16] = array("I", bytes(4 * _COARSE_PAGE))
+                self.grown += 4 * _COARSE_PAGE
             marks[block & 63] = ((field & 1023) << 8) + sequence + 1
         else:
             if counts is None:
                 counts = self.exact[block] = array("H", bytes(2 * _BLOCK))
+                self.grown += 2 * _BLOCK
             counts[field & 1023] = sequence + 1
         if ms > self.last_ms:
             self.last_ms = ms
@@ -223,15 +228,13 @@ class _DayLedger:
         start = block * _BLOCK
         return all(self.next_sequence(ms, mask) == SEQUENCES_PER_MS for ms in range(start, start + _BLOCK))
 
-    @property
-    def size(self) -> int:
-        return 2 * _BLOCK * len(self.exact) + 4 * _COARSE_PAGE * len(self.coarse)
-
-    def forget_details(self) -> None:
-        """Give up all names between the first and the last use."""
+    def forget_details(self) -> int:
+        """Give up all names between the first and the last use; the bytes that this frees."""
+        freed = 2 * _BLOCK * len(self.exact) + 4 * _COARSE_PAGE * len(self.coarse)
         self.spent = (self.first_ms, self.last_ms)
         self.exact.clear()
         self.coarse.clear()
+        return freed
 
 
 class _SharedState:
@@ -245,17 +248,22 @@ class _SharedState:
         self.last_ms = 0
         self.exact_fields = 0
         self.ledgers: dict[str, _DayLedger] = {}
+        self.ledger_bytes = 0
 
     def new_ledger(self, label: str, ms: int) -> _DayLedger:
-        """A ledger for a day that has none yet; the oldest ones lose their details when they have grown too large."""
-        excess = sum(ledger.size for ledger in self.ledgers.values()) - _LEDGER_BUDGET
-        for old in sorted(self.ledgers)[:-2]:  # never the two latest days: around midnight both are in use
-            if excess <= 0:
-                break
-            excess -= self.ledgers[old].size
-            self.ledgers[old].forget_details()
         ledger = self.ledgers[label] = _DayLedger(ms)
         return ledger
+
+    def count_growth(self, grown: _DayLedger) -> None:
+        """Make the oldest days forget their details when all have grown too large."""
+        self.ledger_bytes += grown.grown
+        grown.grown = 0
+        if self.ledger_bytes > _LEDGER_BUDGET:
+            for label in sorted(self.ledgers)[:-2]:  # never the two latest days: around midnight both are in use
+                if self.ledgers[label] is not grown:
+                    self.ledger_bytes -= self.ledgers[label].forget_details()
+                if self.ledger_bytes <= _LEDGER_BUDGET // 2:
+                    break
 
 
 _states: weakref.WeakValueDictionary[tuple[str, int], _SharedState] = weakref.WeakValueDictionary()
@@ -318,6 +326,8 @@ class SnowflakeNameGenerator:
                     text = label or self._today_label(ms)
                     ledger = shared.ledgers.get(text) or shared.new_ledger(text, ms)
                     sequence = ledger.take(ms, mask, shared.exact_fields)
+                    if ledger.grown:
+                        shared.count_growth(ledger)
                     if sequence < SEQUENCES_PER_MS:
                         shared.last_ms = ms
                         break

@@ -60,8 +60,8 @@ def check_size(size: int, container: str) -> None:
 
 
 def parse_footer(raw: Buffer, size: int, container: str) -> Footer:
-    """The regions of a container of `size` bytes, from its last 72: each inside the container, none overlapping another,
-    and an index that can hold `file_count` records. Nothing is allocated from what the footer claims.
+    """The regions of a container of `size` bytes, from its last 72: each inside the container, none overlapping
+    another, and an index that can hold `file_count` records. Nothing is allocated from what the footer claims.
 
     Raises: NotAContainer with the field, the position, what was found and what was wanted.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,7 @@ BAD_DATA = 16  # the payload's range is not inside DATA
 BAD_META = 32  # the META range is not inside META, or longer than an entry's may be
 
 Bytes1 = npt.NDArray[np.uint8]
+Offsets = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 
 
 class Entry(NamedTuple):
@@ -87,7 +88,7 @@ class Index:
         starts, name_lengths = _record_starts(raw, footer, container)
         records, names = _gather(np.frombuffer(raw, np.uint8), starts, name_lengths)
         del starts
-        offsets = np.zeros(len(name_lengths) + 1, np.uint32 if len(names) < 2**32 else np.uint64)
+        offsets: Offsets = np.zeros(len(name_lengths) + 1, np.dtype(np.uint32 if len(names) < 2**32 else np.uint64))
         np.cumsum(name_lengths, out=offsets[1:])
         state = _states(records, footer)
         state[_unshowable(names, offsets)] |= HIDDEN
@@ -276,18 +277,19 @@ def _states(records: npt.NDArray[np.void], footer: Footer) -> Bytes1:
     return state
 
 
-def _hashes(names: bytes, offsets: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint64]:
+def _hashes(names: bytes, offsets: Offsets) -> npt.NDArray[np.uint64]:
     digest = xxhash.xxh3_64_intdigest
     bounds = offsets.tolist()
     return np.fromiter(
-        (digest(names[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)),
+        (digest(names[start:stop]) for start, stop in pairwise(bounds)),
         np.uint64,
         len(bounds) - 1,
     )
 
 
-def _unshowable(names: bytes, offsets: npt.NDArray[np.unsignedinteger]) -> list[int]:
-    """The rows with names that a reader never shows. Only what looks odd in a scan of all bytes is checked one by one."""
+def _unshowable(names: bytes, offsets: Offsets) -> list[int]:
+    """The rows with names that a reader never shows. Only what looks odd in a scan of all bytes is checked one by
+    one."""
     raw = np.frombuffer(names, np.uint8)
     starts, stops = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
     lengths = stops - starts
@@ -312,7 +314,7 @@ def _unshowable(names: bytes, offsets: npt.NDArray[np.unsignedinteger]) -> list[
 
 
 def _older_duplicates(
-    names: bytes, offsets: npt.NDArray[np.unsignedinteger], hashes: npt.NDArray[np.uint64]
+    names: bytes, offsets: Offsets, hashes: npt.NDArray[np.uint64]
 ) -> list[int]:
     """The rows whose name stands again in a later row."""
     order = np.argsort(hashes, kind="stable")
@@ -329,8 +331,8 @@ def _older_duplicates(
 
 
 def _data_order(records: npt.NDArray[np.void], state: Bytes1) -> npt.NDArray[np.int64] | None:
-    """The permutation that puts the rows in the order of their payloads; None if they are. Rows without a payload in DATA
-    stay behind their predecessor."""
+    """The permutation that puts the rows in the order of their payloads; None if they are. Rows without a payload in
+    DATA stay behind their predecessor."""
     placed = (
         ((records["flags"] & EXTERNAL) == 0) & ((state & (TOMBSTONE | BAD_DATA)) == 0) & (records["data_length"] > 0)
     )
@@ -343,8 +345,8 @@ def _data_order(records: npt.NDArray[np.void], state: Bytes1) -> npt.NDArray[np.
 
 
 def _permute_names(
-    names: bytes, offsets: npt.NDArray[np.unsignedinteger], order: npt.NDArray[np.int64]
-) -> tuple[bytes, npt.NDArray[np.unsignedinteger]]:
+    names: bytes, offsets: Offsets, order: npt.NDArray[np.int64]
+) -> tuple[bytes, Offsets]:
     bounds = offsets.tolist()
     moved = b"".join(names[bounds[row] : bounds[row + 1]] for row in order.tolist())
     lengths = np.diff(offsets.astype(np.int64))[order]

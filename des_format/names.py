@@ -11,7 +11,8 @@ STRICT_FORBIDDEN = '/\\:*?"<>|'  # what the first writers of the format refuse
 
 
 def name_problem(name: bytes) -> str | None:
-    """Why a reader must not show an entry of this name, or None. The order of the checks is that of the reasons' weight."""
+    """Why a reader must not show an entry of this name, or None. The order of the checks is that of the reasons'
+    weight."""
     if not name:
         return "the name is empty"
     if b"\0" in name:
@@ -59,7 +60,8 @@ def check_writable(name: str, *, strict: bool = False) -> bytes:
 
 
 def external_key(container_key: str, name: str) -> str:
-    """Where every v1 reader looks for the payload of an external entry: `{folder of the container}/_bigFiles/{name}`."""
+    """Where every v1 reader looks for the payload of an external entry: `{folder of the
+    container}/_bigFiles/{name}`."""
     folder, slash, _ = container_key.rpartition("/")
     return f"{folder}{slash}{BIG_FILES_FOLDER}/{name}"
 

@@ -8,7 +8,7 @@ import stamina
 
 from des_format.errors import CorruptEntry, NoSuchObject, ObjectReplaced, SourceError
 from des_format.names import external_keys
-from des_format.s3 import RangeAnswer, botocore_errors, get_range, get_tail, translate
+from des_format.s3 import RangeAnswer, foreign_errors, get_range, get_tail, translate
 from des_format.shards import guess_root
 from des_format.source import Tail
 
@@ -25,7 +25,8 @@ def _temporary(error: Exception) -> bool:
 
 
 class S3RangeSource:
-    """Ranged GETs of one object, each checked and, where the failure may pass, tried again within a minute. Any thread."""
+    """Ranged GETs of one object, each checked and, where the failure may pass, tried again within a minute. Any
+    thread."""
 
     def __init__(self, client: S3Client, bucket: str, key: str) -> None:
         self._client = client
@@ -87,6 +88,6 @@ class S3RangeSource:
             with attempt:
                 try:
                     return request()
-                except botocore_errors() as error:
+                except foreign_errors() as error:
                     raise translate(error, f"{self._bucket}/{key}") from error
         raise AssertionError("a retry loop ends by returning or raising")

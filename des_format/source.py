@@ -64,8 +64,8 @@ class RangeSource(Protocol):
         ...
 
     def external(self, name: str, recorded: object, start: int, stop: int, size: int) -> bytes:
-        """[start, stop) of the payload of an external entry of `size` bytes, `recorded` being what META says of its key.
-        Raises: CorruptEntry when the object is missing or has another size."""
+        """[start, stop) of the payload of an external entry of `size` bytes, `recorded` being what META says of its
+        key. Raises: CorruptEntry when the object is missing or has another size."""
         ...
 
 
@@ -89,7 +89,8 @@ def open_container(
     trust_cache: bool = True,
     max_meta: int = MAX_META_HELD,
 ) -> Opened:
-    """Read footer, index and META: one read of the tail, more only where the tail was too short, none with a warm cache.
+    """Read footer, index and META: one read of the tail, more only where the tail was too short, none with a warm
+    cache.
 
     A source that cannot tell its version for free is opened from the cache as the version that was seen last (unless
     `trust_cache` is False); the first read of it, pinned to that version, shows whether it is still there.

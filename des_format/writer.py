@@ -1,8 +1,8 @@
 """Writing one container to a file.
 
-The order of writes: everything goes to a temporary file in the same folder; close() appends META, INDEX and FOOTER, then
-fsync, rename, fsync of the folder. The final name is the commit: whatever dies before it leaves the temporary file alone,
-which an exception removes and a crash leaves behind under a name that no reader takes for a container.
+The order of writes: everything goes to a temporary file in the same folder; close() appends META, INDEX and FOOTER,
+then fsync, rename, fsync of the folder. The final name is the commit: whatever dies before it leaves the temporary file
+alone, which an exception removes and a crash leaves behind under a name that no reader takes for a container.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class DesWriter:
         with DesWriter("2026-11-20.des") as writer:
             writer.add_file("hello.txt", b"hello", {"mime": "text/plain"})
 
-    Leaving the block closes the container, an exception discards it. Payloads of `big_file_threshold` bytes or more, and
-    those added with `force_external`, become objects of their own: `{external_prefix}_bigFiles/{name}` in
+    Leaving the block closes the container, an exception discards it. Payloads of `big_file_threshold` bytes or more,
+    and those added with `force_external`, become objects of their own: `{external_prefix}_bigFiles/{name}` in
     `external_store`, or without one the file `_bigFiles/{name}` beside the container. `external_prefix` is the folder
     of the key that the container will have, with its `/`: readers look there.
     """
@@ -56,8 +56,8 @@ class DesWriter:
         external_prefix: str = "",
         overwrite: bool = True,
     ) -> None:
-        """`strict_names` refuses the characters that the format's first writers refuse, `/` among them. With `overwrite`
-        false, the container's name is reserved from now on, and FileExistsError raised if it is taken."""
+        """`strict_names` refuses the characters that the format's first writers refuse, `/` among them. With
+        `overwrite` false, the container's name is reserved from now on, and FileExistsError raised if it is taken."""
         if big_file_threshold < 1:
             raise ValueError(f"big_file_threshold is {big_file_threshold}, want 1 or more")
         if external_prefix and not external_prefix.endswith("/"):
@@ -72,7 +72,7 @@ class DesWriter:
             raise FileExistsError(f"{self.path} exists")
         unique = secrets.token_hex(4) if overwrite else "writing"
         self._temporary = self.path.with_name(f".{self.path.name}.{unique}.tmp")
-        self._file = open(self._temporary, "x+b", buffering=_BUFFER)
+        self._file = open(self._temporary, "x+b", buffering=_BUFFER)  # noqa: SIM115 - closed by close() and discard()
         self._folder_files: list[tuple[Path, Path]] = []  # external payloads to be renamed by close()
         self._meta = bytearray()
         self._records: list[tuple[bytes, int, int, int, int, int]] = []  # offsets of META relative to its start
