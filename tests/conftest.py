@@ -1,8 +1,8 @@
 """Fixtures for real servers and mounts, and what every test is held to.
 
 A server that is missing is an error of the tests that use it, never a reason to skip them. What the project logs as a
-warning or worse during a test fails it, unless the test announced that (`announced_logs`). What the run starts ends with
-it.
+warning or worse during a test fails it, unless the test announced that (`announced_logs`). What the run starts ends
+with it.
 """
 
 from __future__ import annotations
@@ -123,6 +123,6 @@ def redis(redis_session: servers.RedisServer) -> servers.RedisServer:
 
 @pytest.fixture
 def mount_dir(tmp_path: Path) -> Iterator[servers.MountPoint]:
-    """A directory to mount on; afterwards nothing is mounted there and its daemons have ended: `servers.mount_point`."""
+    """A directory to mount on; afterwards it is no mount point, and its daemons have ended (`servers.mount_point`)."""
     with servers.mount_point(tmp_path / "mnt") as mount:
         yield mount

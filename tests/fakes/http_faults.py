@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import socket
 import struct
@@ -159,15 +160,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802 -- http.server's name
+    def do_GET(self) -> None:
         owner = self.server.owner
         headers = {name.lower(): value for name, value in self.headers.items()}
         word = owner._next_word(self.command, self.path, headers)
         if word == "reset":
-            # Linger for no time: close sends RST instead of FIN.
+            # Linger for no time: close sends RST instead of FIN. The handler's files would put a plain close off.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
-            self.connection.close()
+            os.close(self.connection.detach())
         elif word == "stall":
             owner._wait_closing()
             self.close_connection = True
