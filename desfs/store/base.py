@@ -1,6 +1,7 @@
 """What every object store can do. Blocking: callers with an event loop run it in threads.
 
-Keys are relative to the store's root (`s3://bucket/prefix` or a directory), use `/`, and never start with one.
+Keys are relative to the store's root (`s3://bucket/prefix` or a directory), use `/`, and never start with one. Every
+method refuses other keys with StoreError (`check_key`); a listing may show them where the store has them.
 Every method may be called from any thread. A call that its caller has given up may still take effect.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+from desfs.errors import StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,29 @@ class CopyRange:
     etag: str
 
 
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """How to reach S3. What is None comes from the AWS environment; a custom endpoint implies path style."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    addressing_style: Literal["auto", "virtual", "path"] | None = None
+    no_sign_request: bool = False
+    ca_bundle: str | None = None
+
+
+def check_key(key: str) -> None:
+    """Refuse what cannot be a key: no UTF-8 text, NUL, or components that are empty, `.` or `..`. Raises StoreError."""
+    if "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise StoreError(f"{key!r} cannot be a key: it has NUL, or a component that is empty, '.' or '..'")
+
+
 class Store(Protocol):
     """An object store below one root.
 
-    Raises, from every method: NoSuchStore, AccessDenied, Throttled, StoreUnavailable, BadAnswer, DeadlineExceeded
-    (`desfs.errors`); what a method raises besides is in its docstring.
+    Raises, from every method: NoSuchStore, AccessDenied, Throttled, StoreUnavailable, BadAnswer, DeadlineExceeded, or
+    StoreError itself for what none of these says (`desfs.errors`); what a method raises besides is in its docstring.
     """
 
     @property
@@ -63,14 +84,17 @@ class Store(Protocol):
 
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
         """All objects whose key starts with `prefix`, every page of them. With `delimiter`, keys that have a `/` after
-        the prefix are folded into `prefixes`. A prefix that nothing stands under gives an empty listing."""
+        the prefix are folded into `prefixes`. A prefix that nothing stands under gives an empty listing.
+
+        Objects whose key ends in `/`, which some tools make to show folders, are left out.
+        """
         ...
 
     def get_range(self, key: str, start: int, stop: int, *, if_match: str | None = None) -> Answer:
         """Exactly the bytes [start, stop) of the object, 0 <= start < stop <= its size.
 
-        Raises NoSuchObject; ObjectReplaced when the object's ETag is not `if_match`; BadAnswer when the range does not
-        lie in the object or the answer is not the range that was asked for.
+        Raises NoSuchObject; ObjectReplaced when the object's ETag is not `if_match`; BadAnswer when the answer is not
+        the range that was asked for, and, with `temporary` False, when the range does not lie in the object.
         """
         ...
 
@@ -90,7 +114,8 @@ class Store(Protocol):
     def copy_ranges(self, key: str, pieces: Sequence[bytes | CopyRange], *, if_absent: bool = True) -> str:
         """Store an object made of `pieces` in order, copied inside the store where that is possible; its ETag.
 
-        Raises ObjectExists (with `if_absent`), NoSuchObject or ObjectReplaced for a source.
+        Pieces may have any size, zero included. Raises ObjectExists (with `if_absent`), StoreFull; NoSuchObject or
+        ObjectReplaced for a source, and BadAnswer, with `temporary` False, for a range outside of it.
         """
         ...
 

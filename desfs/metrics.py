@@ -1,0 +1,43 @@
+"""Every metric of the program, in one table, and what the statistics page shows of them. Any thread may use them."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+# A registry of our own: what else a process has imported does not show up in its statistics.
+REGISTRY = CollectorRegistry()
+
+# From a disk next door to a region on the other side of the world, and what lies beyond a time-out.
+RTT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+STORE_REQUESTS = Counter(
+    "desfs_store_requests_total",
+    "Requests to the object store, each try counted; status is HTTP's, or the error's name without one",
+    ["operation", "status"],
+    registry=REGISTRY,
+)
+STORE_BYTES = Counter(
+    "desfs_store_bytes_total", "Payload bytes to and from the object store", ["direction"], registry=REGISTRY
+)
+STORE_RETRIES = Counter(
+    "desfs_store_retries_total", "Calls that were tried again after a temporary error", ["operation"], registry=REGISTRY
+)
+FIRST_BYTE = Histogram(
+    "desfs_store_first_byte_seconds",
+    "GET sent to headers of the answer",
+    buckets=RTT_BUCKETS,
+    registry=REGISTRY,
+)
+
+
+def snapshot() -> dict[str, float]:
+    """All metrics under flat names: the metric's, then its labels' values, with dots between them.
+
+    Of a histogram there are `_sum` and `_count`, not the buckets.
+    """
+    values: dict[str, float] = {}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            if not sample.name.endswith(("_created", "_bucket")):
+                values[".".join((sample.name, *sample.labels.values()))] = sample.value
+    return values
