@@ -233,6 +233,8 @@ _CODES = {
     "RequestTimeout": Trouble.UNAVAILABLE,
     "IncompleteBody": Trouble.UNAVAILABLE,
     "InternalError": Trouble.UNAVAILABLE,
+    # Somebody has ended the upload: the whole of it can be made again.
+    "NoSuchUpload": Trouble.UNAVAILABLE,
     "ExpiredToken": Trouble.DENIED,
     "InvalidToken": Trouble.DENIED,
     "AuthorizationHeaderMalformed": Trouble.DENIED,
