@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input install --no-cache-dir --no-warn-script-location
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --no-cache-dir --no-warn-script-location
 
 RUN_PACKAGES := python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3
 TEST_PACKAGES := $(RUN_PACKAGES) redis-server rsync attr strace
@@ -69,9 +69,11 @@ $(BIN)/python: | run-packages
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 $(BIN)/.dev-stamp: setup.cfg pyproject.toml $(wildcard setup.py) | $(BIN)/python
+	@echo 'Installing desfs into .venv'
 	@$(PIP) --editable .
 	@touch $@
 
 $(BIN)/.test-stamp: setup.cfg pyproject.toml $(wildcard setup.py) | $(BIN)/python
+	@echo 'Installing desfs and what its tests need into .venv'
 	@$(PIP) --editable '.[redis,test]'
 	@touch $@ $(BIN)/.dev-stamp
