@@ -68,7 +68,12 @@ def _mounts_below(base: Path) -> list[Path]:
 
 def _processes() -> list[int]:
     marked = servers.processes_with(servers.RUN_VARIABLE, os.environ[servers.RUN_VARIABLE])
-    return sorted({*marked, *servers.child_processes()})
+    return [
+        pid
+        for pid in sorted({*marked, *servers.child_processes()})
+        # Python's own, which ends with this process.
+        if "multiprocessing.resource_tracker" not in servers.command_of(pid)
+    ]
 
 
 @pytest.fixture
