@@ -34,6 +34,7 @@ TOMBSTONE = 4  # flag DELETED: hides older entries of the name
 BAD_FLAGS = 8  # a flag that this reader does not implement
 BAD_DATA = 16  # the payload's range is not inside DATA
 BAD_META = 32  # the META range is not inside META, or longer than an entry's may be
+NOT_SHOWN = HIDDEN | DUPLICATE | TOMBSTONE
 
 Bytes1 = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
@@ -125,10 +126,10 @@ class Index:
 
     def shown(self) -> npt.NDArray[np.uint32]:
         """The rows whose names a reader shows, ascending, which is data order."""
-        return np.flatnonzero((self.state & (HIDDEN | DUPLICATE | TOMBSTONE)) == 0).astype(np.uint32)
+        return np.flatnonzero((self.state & NOT_SHOWN) == 0).astype(np.uint32)
 
     def __len__(self) -> int:
-        return int(np.count_nonzero((self.state & (HIDDEN | DUPLICATE | TOMBSTONE)) == 0))
+        return int(np.count_nonzero((self.state & NOT_SHOWN) == 0))
 
     def __iter__(self) -> Iterator[str]:
         """The shown names in data order."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from des_format.codec import Buffer
 from des_format.errors import CorruptEntry
 from des_format.index import BAD_META, Index
+from des_format.layout import EXTERNAL
 
 NO_TIME = np.iinfo(np.int64).min
 NO_MODE = 0xFFFF
@@ -31,6 +32,7 @@ class _Keys(msgspec.Struct):
     mode: msgspec.Raw = msgspec.Raw()
     crc32c: msgspec.Raw = msgspec.Raw()
     sha256: msgspec.Raw = msgspec.Raw()
+    external_key: msgspec.Raw = msgspec.Raw()
 
 
 _decoder = msgspec.json.Decoder(_Keys)
@@ -41,10 +43,11 @@ class MetaColumns:
 
     `mtime_ns: i64[rows]` (NO_TIME: not given), `mode: u16[rows]` permission bits (NO_MODE: not given),
     `crc32c: u32[rows]` valid where `has_crc32c`, `damaged: bool[rows]` (no JSON object, or at odds with the index);
-    `sha256` holds the digests of the rows that have one and no crc32c.
+    `sha256` holds the digests of the rows that have one and no crc32c, `external_key` the recorded keys of external
+    rows.
     """
 
-    __slots__ = ("crc32c", "damaged", "has_crc32c", "mode", "mtime_ns", "sha256")
+    __slots__ = ("crc32c", "damaged", "external_key", "has_crc32c", "mode", "mtime_ns", "sha256")
 
     def __init__(self, rows: int) -> None:
         self.mtime_ns: npt.NDArray[np.int64] = np.full(rows, NO_TIME, np.int64)
@@ -53,6 +56,7 @@ class MetaColumns:
         self.has_crc32c: npt.NDArray[np.bool_] = np.zeros(rows, np.bool_)
         self.damaged: npt.NDArray[np.bool_] = np.zeros(rows, np.bool_)
         self.sha256: dict[int, str] = {}
+        self.external_key: dict[int, str] = {}
 
     def fill(self, index: Index, raw: Buffer, start: int) -> None:
         """Decode the rows whose META lies in `raw`, which begins at byte `start` of the container."""
@@ -63,7 +67,12 @@ class MetaColumns:
         inside = (lengths > 0) & (offsets >= np.uint64(start)) & (offsets + lengths <= np.uint64(stop))
         self.damaged |= (index.state & BAD_META) != 0
         rows = np.flatnonzero(inside)
+        rows = rows[: self._affordable(offsets[rows], lengths[rows], len(view))]
+        self.damaged |= inside
+        self.damaged[rows] = False
         mtimes, modes, crcs = array("q"), array("H"), array("q")
+        decoded: tuple[int, int] | None = None
+        keys = _Keys()
         for row, offset, length, size in zip(
             rows.tolist(),
             (offsets[rows] - np.uint64(start)).tolist(),
@@ -73,7 +82,10 @@ class MetaColumns:
         ):
             mtime_ns, mode, crc = NO_TIME, NO_MODE, -1
             try:
-                keys = _decoder.decode(view[offset : offset + length])
+                if decoded != (offset, length):
+                    decoded = None
+                    keys = _decoder.decode(view[offset : offset + length])
+                    decoded = (offset, length)
                 if keys.size and bytes(keys.size) != b"%d" % size:
                     raise ValueError(f"size {bytes(keys.size)!r}")
             except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -87,6 +99,8 @@ class MetaColumns:
                     crc = _hex_value(bytes(keys.crc32c), 8)
                 if crc < 0 and keys.sha256 and _hex_value(bytes(keys.sha256), 64) >= 0:
                     self.sha256[row] = bytes(keys.sha256)[1:-1].decode("ascii")
+                if keys.external_key and index.flags[row] & EXTERNAL:
+                    self.external_key[row] = _text(bytes(keys.external_key))
             mtimes.append(mtime_ns)
             modes.append(mode)
             crcs.append(crc)
@@ -95,6 +109,17 @@ class MetaColumns:
         found = np.frombuffer(crcs, np.int64)
         self.has_crc32c[rows] = found >= 0
         self.crc32c[rows] = found.astype(np.uint32)
+
+    @staticmethod
+    def _affordable(offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32], region: int) -> int:
+        """How many of the rows to decode. Entries may share their metadata, but a container whose META ranges overlap
+        without end would cost any amount of time: what goes beyond twice the region is taken for damaged."""
+        if not len(offsets):
+            return 0
+        repeats = np.zeros(len(offsets), np.bool_)
+        repeats[1:] = (offsets[1:] == offsets[:-1]) & (lengths[1:] == lengths[:-1])
+        work = np.cumsum(np.where(repeats, 0, lengths.astype(np.int64)))
+        return int(np.searchsorted(work, 2 * region, "right"))
 
     def verify(self, index: Index, row: int, payload: Buffer) -> None:
         """Compare a payload with the checksum that META has for it, if any. Raises: CorruptEntry."""
@@ -131,6 +156,14 @@ def _nanoseconds(number: bytes) -> int:
         return int(value.scaleb(9)) if abs(value) < _MAX_TIME_NS // 1_000_000_000 else NO_TIME
     except (InvalidOperation, ValueError, OverflowError):
         return NO_TIME
+
+
+def _text(quoted: bytes) -> str:
+    """A JSON string's value, "" for another type."""
+    try:
+        return msgspec.json.decode(quoted, type=str)
+    except msgspec.MsgspecError:
+        return ""
 
 
 def _hex_value(quoted: bytes, digits: int) -> int:

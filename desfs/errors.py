@@ -54,7 +54,8 @@ class StoreUnavailable(StoreError):
 
 
 class BadAnswer(StoreError):
-    """The store reported success for something else than what was asked: another range, a short body, another object."""
+    """The store reported success for something else than what was asked: another range, a short body, another
+    object."""
 
     temporary = True
 

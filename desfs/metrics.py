@@ -29,6 +29,18 @@ FIRST_BYTE = Histogram(
     registry=REGISTRY,
 )
 
+REQUESTS = Counter(
+    "desfs_fuse_requests_total",
+    "Requests of the kernel by operation and outcome",
+    ["operation", "errno"],
+    registry=REGISTRY,
+)
+CHECKSUM_FAILURES = Counter(
+    "desfs_checksum_failures_total", "Payloads that did not match the checksum in their metadata", registry=REGISTRY
+)
+PROBLEMS = Counter("desfs_problems_total", "Defects found in the store: /.desfs/problems names them", registry=REGISTRY)
+CONTAINERS_OPENED = Counter("desfs_containers_opened_total", "Containers whose index was read", registry=REGISTRY)
+
 
 def snapshot() -> dict[str, float]:
     """All metrics under flat names: the metric's, then its labels' values, with dots between them.

@@ -70,6 +70,12 @@ def check_key(key: str) -> None:
         raise StoreError(f"{key!r} cannot be a key: it has NUL, or a component that is empty, '.' or '..'")
 
 
+def can_begin_keys(prefix: str) -> bool:
+    """Whether there can be a key that starts with `prefix`; servers differ in what they make of the others."""
+    above = prefix.split("/")[:-1]
+    return "\0" not in prefix and not any(part in ("", ".", "..") for part in above)
+
+
 class Store(Protocol):
     """An object store below one root.
 
@@ -86,7 +92,8 @@ class Store(Protocol):
         """All objects whose key starts with `prefix`, every page of them. With `delimiter`, keys that have a `/` after
         the prefix are folded into `prefixes`. A prefix that nothing stands under gives an empty listing.
 
-        Objects whose key ends in `/`, which some tools make to show folders, are left out.
+        Objects whose key ends in `/`, which some tools make to show folders, are left out. A prefix whose last object
+        was just deleted may still be there (SeaweedFS removes its folders later).
         """
         ...
 

@@ -28,7 +28,7 @@ from desfs.errors import (
     StoreUnavailable,
 )
 from desfs.metrics import STORE_BYTES, STORE_REQUESTS
-from desfs.store.base import Answer, CopyRange, Listing, ObjectInfo, check_key
+from desfs.store.base import Answer, CopyRange, Listing, ObjectInfo, can_begin_keys, check_key
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,7 +98,7 @@ class FileStore:
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
         folder, _, start = prefix.rpartition("/")
         above = folder.split("/") if folder else []
-        if "\0" in prefix or any(part in ("", ".", "..") for part in above) or prefix.startswith("/"):
+        if not can_begin_keys(prefix):
             self._open_directory([]).close()  # a missing root is reported all the same
             return Listing((), ())
         objects: list[ObjectInfo] = []
@@ -159,6 +159,7 @@ class FileStore:
         except OSError as error:
             if error.errno not in _ABSENT:
                 raise
+            self._open_directory([]).close()  # nothing is there, but is the store?
 
     @_counted("copy")
     def copy_ranges(self, key: str, pieces: Sequence[bytes | CopyRange], *, if_absent: bool = True) -> str:
@@ -239,8 +240,9 @@ class FileStore:
                         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                             entries.append(_Found(entry.name, entry.stat(follow_symlinks=False)))
         except OSError as error:
-            if not parts or error.errno not in _ABSENT:
+            if error.errno not in _ABSENT:
                 raise
+            self._open_directory([]).close()  # nothing is there, but is the store?
         return entries
 
     def _holds_object(self, parts: Sequence[str]) -> bool:

@@ -92,7 +92,7 @@ class Retrying:
 
     def __init__(self, store: Store, deadline_s: float = 60.0, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._clock = clock
 
     @property
@@ -138,7 +138,7 @@ class Retrying:
 
     def _call(self, operation: str, call: Callable[[], R], *, from_first_failure: bool = False) -> R:
         return call_with_retries(
-            operation, call, deadline_s=self._deadline_s, from_first_failure=from_first_failure, clock=self._clock
+            operation, call, deadline_s=self.deadline_s, from_first_failure=from_first_failure, clock=self._clock
         )
 
     def _store_once(

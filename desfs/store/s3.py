@@ -49,7 +49,7 @@ from desfs.errors import (
     UsageError,
 )
 from desfs.metrics import FIRST_BYTE, STORE_BYTES, STORE_REQUESTS
-from desfs.store.base import Answer, CopyRange, Listing, ObjectInfo, S3Options, check_key
+from desfs.store.base import Answer, CopyRange, Listing, ObjectInfo, S3Options, can_begin_keys, check_key
 from desfs.store.multipart import MIN_PART, MULTIPART_THRESHOLD, length_of, part_size, plan_parts
 from desfs.store.retrying import call_with_retries
 
@@ -153,6 +153,8 @@ class S3Store:
                     for found in page.get("Contents", ())
                     if not found["Key"].endswith("/")
                 ]
+        if not can_begin_keys(prefix):  # SeaweedFS 4.48 takes `dir//` for `dir/`
+            return Listing((), ())
         # SeaweedFS 4.48 lists folder by folder, `a/b` before `a b`; S3 by the keys' bytes, as is promised here.
         objects.sort(key=lambda found: found.key.encode())
         prefixes.sort(key=str.encode)

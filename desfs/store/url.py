@@ -6,7 +6,8 @@ import re
 from urllib.parse import unquote, urlsplit
 
 from desfs.errors import StoreError, UsageError
-from desfs.store.base import S3Options, Store, check_key
+from desfs.store.base import S3Options, check_key
+from desfs.store.retrying import Retrying
 
 # The widest rule that S3 ever had (us-east-1 before 2018). SeaweedFS and MinIO are narrower and say so themselves.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}\Z")
@@ -16,15 +17,13 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
 
 def open_store(
     url: str, s3_options: S3Options | None = None, *, deadline_s: float = 60.0, create: bool = False
-) -> Store:
+) -> Retrying:
     """The store behind `s3://bucket/prefix`, `file:///dir` or a plain path, with retries within `deadline_s` a call.
 
     `create` makes a missing directory; a bucket is never made. Nothing is sent to S3 yet.
 
     Raises UsageError for any other URL, NoSuchStore for a path that is no directory.
     """
-    from desfs.store.retrying import Retrying
-
     scheme = _SCHEME.match(url)
     if not url or "\0" in url or (scheme is None and url.lower().startswith(("s3:", "file:"))):
         raise UsageError(f"{_shown(url)!r} is no store: use {_FORMS}")

@@ -1,0 +1,146 @@
+"""`desfs mount SOURCE DIR`: parse, fork, and wait for the daemon's word. Imports little: a mount starts fast."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from desfs.errors import DesfsError, UsageError
+
+EXIT_USAGE = 2
+EXIT_MOUNT_FAILED = 32  # mount(8)
+_READY = b"ready\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="desfs mount",
+        description="Mount the containers of a store, read-only. Returns when the root answers.",
+        epilog="Exit status: 0 mounted, 2 usage, 32 the mount failed. Without -f a daemon serves the mount; end it "
+        "with umount or fusermount3 -u.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="s3://bucket/prefix, file:///directory or a directory")
+    parser.add_argument("directory", metavar="DIR", help="where to mount it: an existing directory")
+    parser.add_argument("-o", dest="options", metavar="OPT,…", action="append", default=[], help="mount options")
+    parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground, log to stderr")
+    # mount(8) hands these to a helper: be sloppy about options, do not write mtab, be verbose, the type.
+    for flag in ("-s", "-n", "-v"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-t", metavar="TYPE", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Mount; the exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        serve, note = _prepare(parsed)
+    except UsageError as error:
+        return _fail(error, EXIT_USAGE)
+    except DesfsError as error:
+        return _fail(error, EXIT_MOUNT_FAILED)
+    if note:
+        print(f"desfs: {note}", file=sys.stderr)
+    if parsed.foreground:
+        try:
+            serve(False, lambda: None)
+        except DesfsError as error:
+            return _fail(error, EXIT_MOUNT_FAILED)
+        return 0
+    return _daemonize(serve)
+
+
+def _prepare(parsed: argparse.Namespace) -> tuple[Callable[[bool, Callable[[], None]], None], str | None]:
+    """Check all that can be checked without the store; the function that serves, and a note for the user."""
+    from pydantic import ValidationError
+
+    from desfs.mountpoint import check_mountpoint
+    from desfs.options import parse_options, split_options
+    from desfs.settings import MountSettings
+
+    try:
+        settings = MountSettings.model_validate(parse_options(parsed.options, frozenset(MountSettings.model_fields)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"mount option {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if settings.log_file is not None:
+        settings = settings.model_copy(update={"log_file": os.path.abspath(settings.log_file)})
+    source = parsed.source
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source):
+        source = os.path.abspath(source)
+    try:
+        mountpoint = check_mountpoint(parsed.directory)
+    except UsageError as error:
+        raise DesfsError(str(error)) from error
+    asked_for_writing = "rw" in [option for text in parsed.options for option in split_options(text)]
+
+    def serve(detached: bool, ready: Callable[[], None]) -> None:
+        from desfs.logs import configure_logs
+
+        try:
+            configure_logs(settings, detached=detached)
+        except OSError as error:
+            raise UsageError(f"log file {settings.log_file}: {error.strerror}") from error
+        from desfs.mount import serve
+
+        serve(source, mountpoint, settings, ready)
+
+    return serve, f"{source} is mounted read-only" if asked_for_writing else None
+
+
+def _daemonize(serve: Callable[[bool, Callable[[], None]], None]) -> int:
+    """Fork, before any thread or event loop exists; the child serves, the parent waits for its word."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.close(reader)
+        _run_daemon(serve, writer)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        word = pipe.read()
+    if word == _READY:
+        return 0
+    print(f"desfs: {word.decode(errors='replace').strip() or 'the mount daemon died at its start'}", file=sys.stderr)
+    return EXIT_MOUNT_FAILED
+
+
+def _run_daemon(serve: Callable[[bool, Callable[[], None]], None], writer: int) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+
+        def ready() -> None:
+            null = os.open(os.devnull, os.O_RDWR)
+            for descriptor in (0, 1, 2):
+                os.dup2(null, descriptor)
+            os.close(null)
+            os.write(writer, _READY)
+            os.close(writer)
+
+        serve(True, ready)
+        status = 0
+    except DesfsError as error:
+        _say(writer, str(error))
+    except Exception as error:
+        import structlog
+
+        structlog.get_logger(__name__).exception("the mount daemon failed")
+        _say(writer, f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(status)
+
+
+def _say(writer: int, message: str) -> None:
+    try:
+        os.write(writer, " ".join(message.split()).encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass  # the parent has its word already, and is gone
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"desfs: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,139 @@
+"""Opening the containers of a store. Blocking: the mount runs it in threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from des_format.errors import CorruptEntry
+from des_format.index import Index
+from des_format.layout import MAX_META
+from des_format.meta import MetaColumns
+from des_format.names import external_keys
+from des_format.source import Tail, open_container
+from desfs.errors import NoSuchObject
+from desfs.store.base import Answer, ObjectInfo, Store
+
+# A sixteenth of a container of small files holds its index and META, and reads at most 6 % too much; below 64 KiB a GET
+# costs its round trip whatever it brings, above 1 MiB it begins to cost more.
+_TAIL_FRACTION = 16
+_MIN_TAIL = 64 * 1024
+_MAX_TAIL = 1024 * 1024
+_META_PIECE = 16 * 1024 * 1024  # bytes of META in memory at a time, where the whole region is not held
+
+_PROBLEMS_NAMED = 20  # of one container; the rest is counted
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedContainer:
+    """The columns of a container's index and metadata; nothing else of it stays in memory."""
+
+    info: ObjectInfo
+    index: Index
+    meta: MetaColumns
+    problems: tuple[str, ...]
+
+
+class StoreSource:
+    """One version of an object of a store, known from a listing, as a source of ranges."""
+
+    def __init__(self, store: Store, info: ObjectInfo) -> None:
+        self._store = store
+        self._info = info
+
+    @property
+    def store(self) -> str:
+        return self._store.url
+
+    @property
+    def key(self) -> str:
+        return self._info.key
+
+    def version(self) -> str:
+        return self._info.etag
+
+    def tail(self, length: int) -> Tail:
+        size = self._info.size
+        start = max(size - length, 0)
+        return Tail(self.read(start, size) if size else b"", size, self._info.etag)
+
+    def pin(self, etag: str) -> None:
+        if etag != self._info.etag:
+            raise ValueError(f"{self.key}: pinned to {self._info.etag}, not to {etag}")
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self._store.get_range(self.key, start, stop, if_match=self._info.etag).data
+
+    def external(self, name: str, recorded: object, start: int, stop: int, size: int) -> bytes:
+        return read_external(self._store, self.key, name, recorded, start, stop, size).data
+
+
+def read_external(
+    store: Store,
+    container: str,
+    name: str,
+    recorded: object,
+    start: int,
+    stop: int,
+    size: int,
+    *,
+    if_match: str | None = None,
+) -> Answer:
+    """[start, stop) of an external payload that should have `size` bytes. Raises: CorruptEntry, StoreError."""
+    keys = external_keys(container, name, recorded)
+    for key in keys:
+        try:
+            if start < stop:
+                answer = store.get_range(key, start, stop, if_match=if_match)
+            else:
+                answer = store.get_tail(key, 1)  # of an empty object: a range cannot be empty
+        except NoSuchObject:
+            continue
+        if answer.size != size:
+            raise CorruptEntry(f"{container}: {name!r}: external object {key}: found {answer.size} bytes, want {size}")
+        return answer
+    raise CorruptEntry(f"{container}: {name!r}: external object {keys[0]} is missing")
+
+
+def load_container(store: Store, info: ObjectInfo) -> LoadedContainer:
+    """Open a container in one or two reads. Raises: NotAContainer; NoSuchObject, ObjectReplaced; StoreError."""
+    source = StoreSource(store, info)
+    opened = open_container(source, tail_length=min(max(info.size // _TAIL_FRACTION, _MIN_TAIL), _MAX_TAIL))
+    index = opened.index
+    meta = MetaColumns(index.rows)
+    if opened.meta is not None:
+        meta.fill(index, opened.meta, index.footer.meta_start)
+    else:
+        for start, stop in meta_pieces(index):
+            meta.fill(index, source.read(start, stop), start)
+    return LoadedContainer(info, index, meta, _problems(index, meta))
+
+
+def meta_pieces(index: Index, limit: int = _META_PIECE) -> list[tuple[int, int]]:
+    """Ranges that together hold the META of every row, each row's whole in one of them; about `limit` bytes long.
+    Pure."""
+    rows = np.flatnonzero(index.meta_length > 0)
+    rows = rows[np.argsort(index.meta_offset[rows], kind="stable")]
+    starts = index.meta_offset[rows].astype(np.int64)
+    stops = starts + index.meta_length[rows]
+    pieces = []
+    first = 0
+    while first < len(rows):
+        last = max(int(np.searchsorted(starts, starts[first] + limit - MAX_META)), first + 1)
+        pieces.append((int(starts[first]), int(stops[first:last].max())))
+        first = last
+    return pieces
+
+
+def _problems(index: Index, meta: MetaColumns) -> tuple[str, ...]:
+    rows = index.problem_rows().tolist()
+    lines = [problem for row in rows[:_PROBLEMS_NAMED] if (problem := index.problem(row)) is not None]
+    if len(rows) > _PROBLEMS_NAMED:
+        lines.append(f"and {len(rows) - _PROBLEMS_NAMED} more damaged entries")
+    shown = index.shown()
+    damaged = shown[meta.damaged[shown]].tolist()
+    lines += [f"entry {row} {index.entry(row).name[:80]!r}: damaged metadata" for row in damaged[:_PROBLEMS_NAMED]]
+    if len(damaged) > _PROBLEMS_NAMED:
+        lines.append(f"and {len(damaged) - _PROBLEMS_NAMED} more entries with damaged metadata")
+    return tuple(lines)

@@ -1,0 +1,321 @@
+"""The file system in plain types: what the kernel asks, answered without knowing FUSE. Trio thread only.
+
+Everything is computed from an inode number: files carry their container's slot and row, directories are found by the
+hash of their path. The one table is that of the directories which somebody has looked up.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import structlog
+import trio
+
+from des_format.meta import NO_MODE, NO_TIME
+from desfs import metrics
+from desfs.control import CONTROL_NAME, ControlDirectory
+from desfs.errors import (
+    DesfsError,
+    IsADirectory,
+    NoSuchAttribute,
+    NoSuchObject,
+    NoSuchPath,
+    NotADirectory,
+    ObjectReplaced,
+    StaleInode,
+)
+from desfs.fetch import Fetcher, OpenContainer, StoreThreads
+from desfs.inode import (
+    CONTROL_DIRECTORY,
+    ROOT,
+    InodeNumber,
+    directory_inode,
+    file_inode,
+    is_directory_inode,
+    split_file_inode,
+)
+from desfs.problems import Problems
+from desfs.settings import MountSettings
+from desfs.store.base import Store
+from desfs.tree import DayTree
+from desfs.views import Changes, DayView, File, Views
+from desfs.xattrs import Xattrs
+
+log = structlog.get_logger(__name__)
+
+_FOREVER_S = 86400.0  # containers are immutable: the kernel may keep what it knows of their files
+_DEFAULT_FILE_MODE = 0o644
+_DIRECTORY_MODE = 0o755
+
+
+class Attributes(NamedTuple):
+    """What stat shows. `mode` has the file type; `timeout_s` is how long the kernel may keep name and attributes."""
+
+    inode: InodeNumber
+    mode: int
+    size: int
+    mtime_ns: int
+    timeout_s: float
+
+
+class DirectoryEntry(NamedTuple):
+    """One name of a directory; `cookie` is where to go on behind it."""
+
+    name: bytes
+    attributes: Attributes
+    cookie: int
+
+
+class KernelCache(Protocol):
+    """What the kernel has to forget when the store changes. Never blocks."""
+
+    def forget_entry(self, parent: InodeNumber, name: bytes) -> None:
+        """The name does not mean what it meant."""
+        ...
+
+    def forget_attributes(self, inode: InodeNumber) -> None:
+        """The attributes are out of date."""
+        ...
+
+
+class FileSystem:
+    """The name space of a store: days, directories, files, and `/.desfs`."""
+
+    def __init__(self, store: Store, settings: MountSettings) -> None:
+        self.settings = settings
+        self.problems = Problems()
+        self.threads = StoreThreads(store)
+        self.views = Views(self.threads, self.problems, strict=settings.strict)
+        self.fetcher = Fetcher(self.threads, self.problems, settings.memory)
+        self._xattrs = Xattrs(self.threads, self.fetcher)
+        self._control = ControlDirectory(self.render_control)
+        self._directories: dict[int, tuple[DayView, bytes]] = {}
+        self._kernel: KernelCache | None = None
+        self._started = time.time()
+        self._file_mask = ~settings.umask & 0o7777
+        self._directory_mode = stat.S_IFDIR | _DIRECTORY_MODE & self._file_mask
+
+    async def start(self) -> None:
+        """Reach the store once. Raises: StoreError: there is nothing to mount."""
+        await self.views.start()
+
+    async def run(self, kernel: KernelCache) -> None:
+        """Refresh the days that may change, until cancelled."""
+        self._kernel = kernel
+        while True:
+            await trio.sleep(self.settings.refresh)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """List again what is due, and make the kernel forget what has changed. A failure keeps the old view."""
+        try:
+            if await self.views.refresh_root() and self._kernel is not None:
+                self._kernel.forget_attributes(ROOT)
+            now = trio.current_time()
+            for day in self.views.known_days():
+                # Half an interval of grace: a day listed just after the last round is not left for one more.
+                if day.due(now + self.settings.refresh / 2, self.settings.refresh):
+                    await self._refresh_day(day)
+        except DesfsError as error:
+            log.warning("refresh failed, the last view stays", error=str(error))
+
+    async def lookup(self, parent: int, name: bytes) -> Attributes:
+        """The entry `name` of a directory. Raises: NoSuchPath, NotADirectory; StoreError."""
+        if parent == ROOT:
+            if name == CONTROL_NAME:
+                return self._control_attributes(CONTROL_DIRECTORY)
+            day = await self._day(name)
+            if day.is_open:
+                await day.ensure_listed()  # for its mtime; what is in it will be asked for next
+            return self._day_attributes(day)
+        if parent == CONTROL_DIRECTORY:
+            return self._control_attributes(self._control.lookup(name))
+        day, folder = self._directory(parent)
+        path = folder + b"/" + name if folder else name
+        found = await day.find(path)
+        return self._directory_attributes(day, path) if found is None else self._file_attributes(*found)
+
+    async def getattr(self, inode: int) -> Attributes:
+        """What stat shows of an inode. Raises: StaleInode."""
+        if inode == ROOT:
+            return Attributes(ROOT, self._directory_mode, 0, self.views.root_mtime_ns, self.settings.refresh)
+        if self._control.owns(inode):
+            return self._control_attributes(InodeNumber(inode))
+        if is_directory_inode(inode):
+            day, path = self._directory(inode)
+            return self._directory_attributes(day, path) if path else self._day_attributes(day)
+        return self._file_attributes(*self._file(inode))
+
+    async def entries(self, inode: int, after: int) -> Iterator[DirectoryEntry]:
+        """The entries of a directory behind the cookie `after` (0: all), without `.` and `..`. What has to be fetched
+        for them has been fetched when this returns.
+
+        Raises: NotADirectory, StaleInode; DamagedDay; StoreError.
+        """
+        if inode == ROOT:
+            days = []
+            for place, name in enumerate((await self.views.root_names())[after:], after + 1):
+                try:
+                    days.append((place, await self.views.day(name, self.settings.refresh)))
+                except NoSuchPath:
+                    continue  # it went meanwhile
+            return (DirectoryEntry(day.name.encode(), self._day_attributes(day), place) for place, day in days)
+        if inode == CONTROL_DIRECTORY:
+            files = self._control.files()
+            return (
+                DirectoryEntry(file_name, self._control_attributes(file), place)
+                for place, (file_name, file) in enumerate(files[after:], after + 1)
+            )
+        day, path = self._directory(inode)
+        return self._entries(day, await day.load(), path, after)
+
+    def parent(self, inode: int) -> InodeNumber:
+        """The directory that a directory is in; the root is in itself. Raises: NotADirectory, StaleInode."""
+        if inode in (ROOT, CONTROL_DIRECTORY):
+            return ROOT
+        day, path = self._directory(inode)
+        if not path:
+            return ROOT
+        folder = path.rpartition(b"/")[0]
+        return directory_inode(day.name.encode() + b"/" + folder if folder else day.name.encode())
+
+    async def read(self, inode: int, offset: int, size: int) -> bytes | memoryview:
+        """The bytes [offset, offset + size) of a file, every one up to its end: the kernel fills a short answer with
+        zeros. Raises: StaleInode when the container was replaced or removed; CorruptEntry; StoreError."""
+        if self._control.owns(inode):
+            return self._control.read(inode)[offset : offset + size]
+        if is_directory_inode(inode) or inode == ROOT:
+            raise IsADirectory(f"inode {inode:#x} is a directory")
+        container, row = self._file(inode)
+        try:
+            return await self.fetcher.read(container, row, offset, size)
+        except (ObjectReplaced, NoSuchObject) as error:
+            await self._refresh_owner(container)
+            raise StaleInode(str(error)) from error
+
+    async def xattr(self, inode: int, name: bytes) -> bytes:
+        """An extended attribute. Raises: NoSuchAttribute; StaleInode; StoreError."""
+        if not Xattrs.is_ours(name) or self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
+            raise NoSuchAttribute(name.decode("utf-8", "backslashreplace"))
+        values = await self._xattrs.of(*self._file(inode))
+        if name not in values:
+            raise NoSuchAttribute(name.decode())
+        return values[name]
+
+    async def xattr_names(self, inode: int) -> list[bytes]:
+        """The names of a file's extended attributes; directories have none. Raises: StaleInode; StoreError."""
+        if self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
+            return []
+        return list(await self._xattrs.of(*self._file(inode)))
+
+    def totals(self) -> tuple[int, int]:
+        """(bytes, files) of the containers that are open: what statfs shows."""
+        size = files = 0
+        for container in self.views.slots:
+            size += container.info.size
+            files += len(container.loaded.index)
+        return size, files
+
+    def render_control(self, name: str) -> object:
+        """What a control file shows, as a JSON value or lines. No request to the store."""
+        if name == "problems":
+            return self.problems.lines()
+        if name == "config":
+            return {"source": self.threads.store.url, **self.settings.model_dump(mode="json")}
+        if name == "containers":
+            return [
+                {"day": day.name, "key": key, "bytes": size, "state": state, "files": files}
+                for day in sorted(self.views.known_days(), key=lambda day: day.name)
+                for key, size, state, files in day.containers()
+            ]
+        size, files = self.totals()
+        return {
+            "source": self.threads.store.url,
+            "uptime_seconds": round(time.time() - self._started, 3),
+            "open_containers": {"bytes": size, "files": files},
+            "block_cache": {"blocks": len(self.fetcher.cache), "bytes": self.fetcher.cache.bytes},
+            "metrics": metrics.snapshot(),
+        }
+
+    def _entries(self, day: DayView, tree: DayTree, path: bytes, after: int) -> Iterator[DirectoryEntry]:
+        prefix = path + b"/" if path else b""
+        for cookie, name, member, row in tree.entries(path, after):
+            if member is None:
+                attributes = self._directory_attributes(day, prefix + name)
+            else:
+                attributes = self._file_attributes(self.views.slots[member.slot], row)
+            yield DirectoryEntry(name, attributes, cookie)
+
+    async def _day(self, name: bytes) -> DayView:
+        try:
+            text = name.decode()
+        except UnicodeDecodeError:
+            raise NoSuchPath("no name of a day is anything but UTF-8") from None
+        return await self.views.day(text, self.settings.refresh)
+
+    def _directory(self, inode: int) -> tuple[DayView, bytes]:
+        found = self._directories.get(inode)
+        if found is None:
+            if is_directory_inode(inode):
+                raise StaleInode(f"directory {inode:#x} is not known any more")
+            raise NotADirectory(f"inode {inode:#x} is no directory")
+        return found
+
+    def _file(self, inode: int) -> File:
+        slot, row = split_file_inode(inode)
+        container = self.views.slots.get(slot)
+        if container is None or not 0 <= row < container.loaded.index.rows:
+            raise StaleInode(f"the container of inode {inode:#x} is not there any more")
+        return File(container, row)
+
+    def _day_attributes(self, day: DayView) -> Attributes:
+        inode = directory_inode(day.name.encode())
+        self._directories[inode] = (day, b"")
+        return Attributes(inode, self._directory_mode, 0, day.mtime_ns, self.settings.refresh)
+
+    def _directory_attributes(self, day: DayView, path: bytes) -> Attributes:
+        inode = directory_inode(day.name.encode() + b"/" + path)
+        self._directories[inode] = (day, path)
+        return Attributes(inode, self._directory_mode, 0, day.mtime_ns, self.settings.refresh)
+
+    def _file_attributes(self, container: OpenContainer, row: int) -> Attributes:
+        loaded = container.loaded
+        mode = int(loaded.meta.mode[row])
+        mtime_ns = int(loaded.meta.mtime_ns[row])
+        return Attributes(
+            file_inode(container.slot, row),
+            stat.S_IFREG | (_DEFAULT_FILE_MODE if mode == NO_MODE else mode) & self._file_mask,
+            int(loaded.index.data_length[row]),
+            loaded.info.mtime_ns if mtime_ns == NO_TIME else mtime_ns,
+            _FOREVER_S,
+        )
+
+    def _control_attributes(self, inode: InodeNumber) -> Attributes:
+        if inode == CONTROL_DIRECTORY:
+            return Attributes(inode, self._directory_mode, 0, time.time_ns(), 0.0)
+        # No timeout and a new mtime each time: the kernel then drops the pages that it kept (AUTO_INVAL_DATA).
+        return Attributes(inode, stat.S_IFREG | 0o444, len(self._control.render(inode)), time.time_ns(), 0.0)
+
+    async def _refresh_owner(self, container: OpenContainer) -> None:
+        folder = container.info.key.rpartition("/")[0]
+        for day in self.views.known_days():
+            if day.name in (folder, container.info.key.removesuffix(".des")):
+                try:
+                    await self._refresh_day(day)
+                except DesfsError as error:
+                    log.warning("refresh failed, the last view stays", day=day.name, error=str(error))
+
+    async def _refresh_day(self, day: DayView) -> None:
+        changes = await day.refresh()
+        if changes is not None and self._kernel is not None:
+            self._forget(self._kernel, changes)
+
+    @staticmethod
+    def _forget(kernel: KernelCache, changes: Changes) -> None:
+        kernel.forget_attributes(directory_inode(changes.day))
+        for path in changes.paths:
+            folder, _, name = path.rpartition(b"/")
+            kernel.forget_entry(directory_inode(changes.day + b"/" + folder if folder else changes.day), name)

@@ -1,0 +1,60 @@
+"""Where log lines go and how they look."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import sys
+from typing import Any
+
+import structlog
+
+from desfs.settings import StoreSettings
+
+_SYSLOG = "/dev/log"
+
+
+def configure_logs(settings: StoreSettings, *, detached: bool = False) -> None:
+    """Send everything, of the libraries too, to stderr or `log_file`; a daemon without a terminal and without a file
+    logs to the system's log, where there is one. Raises: OSError for a log file that cannot be opened."""
+    handler: logging.Handler
+    if settings.log_file is not None:
+        handler = logging.FileHandler(settings.log_file)
+    elif detached and os.path.exists(_SYSLOG):
+        handler = logging.handlers.SysLogHandler(_SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
+        handler.ident = f"desfs[{os.getpid()}]: "
+    elif detached:
+        handler = logging.NullHandler()
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)
+    )
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(settings.log_level.upper())
+    # What the SDKs tell of every request is for their own authors.
+    for name in ("botocore", "boto3", "urllib3", "s3transfer"):
+        logging.getLogger(name).setLevel(logging.WARNING)

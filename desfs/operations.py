@@ -1,0 +1,213 @@
+"""The kernel's requests, turned into calls of the file system and back: nothing is decided here. Trio.
+
+A handle is the inode it was opened for. So the handlers work the same whether the kernel opens files by itself or asks.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import pyfuse3
+import structlog
+
+from des_format.errors import DesFormatError
+from desfs import metrics
+from desfs.errors import DesfsError, errno_of
+from desfs.fs import Attributes, FileSystem
+from desfs.inode import InodeNumber
+from desfs.settings import MountSettings
+
+log = structlog.get_logger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_BLOCK = 512  # what st_blocks counts in
+_STATFS_BLOCK = 4096
+_PREFERRED_READ = 128 * 1024  # st_blksize: what cp and stdio read at a time
+_DOTS = 2  # cookies 1 and 2 are `.` and `..`; the file system's own follow
+_MAX_NAME = 255
+
+
+def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
+    """The one wrapper of every handler: counts, turns errors into FUSEError, logs what it does not know. Nothing but
+    FUSEError and cancellation gets out: any other exception would end pyfuse3's main loop."""
+
+    def wrap(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+        done = metrics.REQUESTS.labels(operation, "OK")
+
+        @functools.wraps(handler)
+        async def handled(*arguments: P.args, **options: P.kwargs) -> R:
+            try:
+                answer = await handler(*arguments, **options)
+            except (DesfsError, DesFormatError) as error:
+                code = errno_of(error)
+                if code == errno.EIO:
+                    log.warning("request failed", operation=operation, error=str(error))
+                _count(operation, code)
+                raise pyfuse3.FUSEError(code) from error
+            except pyfuse3.FUSEError as error:
+                _count(operation, error.errno)
+                raise
+            except Exception:
+                log.exception("unexpected error", operation=operation)
+                _count(operation, errno.EIO)
+                raise pyfuse3.FUSEError(errno.EIO) from None
+            done.inc()
+            return answer
+
+        return handled
+
+    return wrap
+
+
+def _count(operation: str, code: int) -> None:
+    metrics.REQUESTS.labels(operation, errno.errorcode.get(code, str(code))).inc()
+
+
+class Operations(pyfuse3.Operations):
+    """A FileSystem as pyfuse3 wants it."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, fs: FileSystem, settings: MountSettings) -> None:
+        super().__init__()
+        self._fs = fs
+        self._uid = settings.uid
+        self._gid = settings.gid
+
+    @reply("lookup")
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return self._entry(await self._fs.lookup(parent_inode, name))
+
+    @reply("getattr")
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(await self._fs.getattr(inode))
+
+    @reply("open")
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        # keep_cache: what the kernel has of an immutable file stays true. Control files lose theirs by their mtime.
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+
+    @reply("opendir")
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        return pyfuse3.FileHandleT(inode)
+
+    @reply("read")
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        # A memoryview of cached bytes does as well: pyfuse3 takes any buffer.
+        return await self._fs.read(fh, off, size)  # type: ignore[return-value]
+
+    @reply("readdir")
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        if start_id < _DOTS:
+            dots = ((b".", InodeNumber(fh)), (b"..", self._fs.parent(fh)))
+            for cookie, (name, inode) in enumerate(dots[start_id:], start_id + 1):
+                if not pyfuse3.readdir_reply(token, name, self._entry(await self._fs.getattr(inode)), cookie):
+                    return
+        for found in await self._fs.entries(fh, max(start_id - _DOTS, 0)):
+            if not pyfuse3.readdir_reply(token, found.name, self._entry(found.attributes), found.cookie + _DOTS):
+                return
+
+    @reply("release")
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """Nothing was kept for the handle."""
+
+    @reply("releasedir")
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """Nothing was kept for the handle."""
+
+    @reply("flush")
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """Nothing was written."""
+
+    @reply("fsync")
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        """Nothing was written."""
+
+    @reply("fsyncdir")
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        """Nothing was written."""
+
+    @reply("getxattr")
+    async def getxattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._fs.xattr(inode, name)
+
+    @reply("listxattr")
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[pyfuse3.XAttrNameT]:
+        return [pyfuse3.XAttrNameT(name) for name in await self._fs.xattr_names(inode)]
+
+    @reply("statfs")
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        size, files = self._fs.totals()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = _STATFS_BLOCK
+        data.f_blocks = -(-size // _STATFS_BLOCK)
+        data.f_bfree = data.f_bavail = 0
+        data.f_files = files
+        data.f_ffree = data.f_favail = 0
+        data.f_namemax = _MAX_NAME
+        return data
+
+    def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
+        inode, mode, size, mtime_ns, timeout_s = attributes
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(inode)
+        entry.st_mode = pyfuse3.ModeT(mode)
+        # 1 for directories too: "not known", as btrfs has it; two plus the subdirectories would need them all listed.
+        entry.st_nlink = 1
+        entry.st_uid = self._uid
+        entry.st_gid = self._gid
+        entry.st_size = size
+        entry.st_blksize = _PREFERRED_READ
+        entry.st_blocks = -(-size // _BLOCK)
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
+        entry.entry_timeout = entry.attr_timeout = timeout_s
+        return entry
+
+
+def _read_only(operation: str) -> Callable[..., Coroutine[Any, Any, NoReturn]]:
+    @reply(operation)
+    async def refuse(self: Operations, *arguments: object, **options: object) -> NoReturn:
+        raise pyfuse3.FUSEError(errno.EROFS)
+
+    return refuse
+
+
+# The kernel refuses these by itself on a mount that is `ro`; whoever remounts it otherwise hears the same from us.
+for _operation in (
+    "create",
+    "link",
+    "mkdir",
+    "mknod",
+    "removexattr",
+    "rename",
+    "rmdir",
+    "setattr",
+    "setxattr",
+    "symlink",
+    "unlink",
+    "write",
+):
+    setattr(Operations, _operation, _read_only(_operation))
+
+
+class KernelNotifier:
+    """Tells the kernel what to forget. Entries go through pyfuse3's own thread: telling it can block."""
+
+    def forget_entry(self, parent: InodeNumber, name: bytes) -> None:
+        pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), ignore_enoent=True)
+
+    def forget_attributes(self, inode: InodeNumber) -> None:
+        try:
+            # There is no writeback here, without which this does not block (pyfuse3's documentation).
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel does not know the inode: nothing to forget
+                log.warning("the kernel did not take a notification", error=str(error))

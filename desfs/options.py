@@ -1,0 +1,88 @@
+"""The options of `-o`, as mount(8) gives them. Pure."""
+
+from __future__ import annotations
+
+import difflib
+
+from desfs.errors import UsageError
+
+# Words of mount(8), fstab and systemd that say nothing to us: how a line is handled, or what is so in any case. rw is
+# what mount(8) sends when nothing was said.
+_NO_MEANING = frozenset(
+    {
+        "defaults",
+        "ro",
+        "rw",
+        "dev",
+        "nodev",
+        "suid",
+        "nosuid",
+        "exec",
+        "async",
+        "sync",
+        "atime",
+        "noatime",
+        "diratime",
+        "nodiratime",
+        "relatime",
+        "norelatime",
+        "strictatime",
+        "lazytime",
+        "nolazytime",
+        "auto",
+        "noauto",
+        "user",
+        "nouser",
+        "users",
+        "group",
+        "owner",
+        "_netdev",
+        "nofail",
+        "default_permissions",
+        "nonempty",
+    }
+)
+_FLAGS = frozenset(("allow_other", "noexec", "no_sign_request", "strict"))
+
+
+def split_options(text: str) -> list[str]:
+    """The options of a comma-separated list; a backslash takes the next character as it is."""
+    options, current, escaped = [], "", False
+    for character in text:
+        if escaped:
+            current, escaped = current + character, False
+        elif character == "\\":
+            escaped = True
+        elif character == ",":
+            options.append(current)
+            current = ""
+        else:
+            current += character
+    if escaped:
+        raise UsageError(f"option list {text!r} ends in a backslash")
+    return [option for option in [*options, current] if option]
+
+
+def parse_options(lists: list[str], known: frozenset[str]) -> dict[str, str]:
+    """The settings out of several `-o` lists, the last of a name winning; `known` are the settings' names.
+
+    Raises: UsageError for an unknown option (with the nearest known one), a flag with a value, a setting without one.
+    """
+    settings: dict[str, str] = {}
+    for option in (option for text in lists for option in split_options(text)):
+        name, equals, value = option.partition("=")
+        if name.startswith("x-") or (not equals and name in _NO_MEANING) or name in ("context", "subtype"):
+            continue
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known | _NO_MEANING, 1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise UsageError(f"unknown mount option {name!r}{hint}")
+        if name in _FLAGS:
+            if equals and value not in ("true", "false", "0", "1"):
+                raise UsageError(f"mount option {name} takes no value")
+            settings[name] = value or "true"
+        elif not equals:
+            raise UsageError(f"mount option {name} needs a value: {name}=…")
+        else:
+            settings[name] = value
+    return settings

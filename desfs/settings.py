@@ -1,0 +1,79 @@
+"""Settings of the daemons, parsed once: from the command line, then `DESFS_*` variables, then the defaults here."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from desfs.store.base import S3Options
+
+_UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes from a number or a text like `512M` or `1.5GiB` (powers of 1024)."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", value.lower())
+    if match is None:
+        raise ValueError(f"{value!r} is no size: write bytes, or a number with K, M, G or T")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_octal(value: Any) -> Any:
+    """A mask such as `022`."""
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"(0o)?[0-7]{1,4}", value):
+        raise ValueError(f"{value!r} is no octal mask")
+    return int(value, 8)
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Octal = Annotated[int, BeforeValidator(parse_octal), Field(ge=0, le=0o7777)]
+
+
+class StoreSettings(BaseSettings):
+    """How to reach a store. S3 credentials come from the usual AWS environment and profiles alone."""
+
+    model_config = SettingsConfigDict(env_prefix="DESFS_", extra="forbid", frozen=True)
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    addressing_style: Literal["auto", "virtual", "path"] | None = None
+    no_sign_request: bool = False
+    ca_bundle: str | None = None
+    deadline: float = Field(default=60.0, gt=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    log_file: str | None = None
+
+    def s3_options(self) -> S3Options:
+        """The part that concerns S3."""
+        return S3Options(
+            endpoint_url=self.endpoint_url,
+            region=self.region,
+            profile=self.profile,
+            addressing_style=self.addressing_style,
+            no_sign_request=self.no_sign_request,
+            ca_bundle=self.ca_bundle,
+        )
+
+
+class MountSettings(StoreSettings):
+    """Options of a mount. Sizes are bytes, times seconds."""
+
+    allow_other: bool = False
+    noexec: bool = False
+    uid: int = Field(default_factory=os.getuid, ge=0)
+    gid: int = Field(default_factory=os.getgid, ge=0)
+    umask: Octal = 0
+    memory: Size = 256 * 1024 * 1024
+    refresh: float = Field(default=10.0, gt=0)
+    strict: bool = False
+    fsname: str | None = None

@@ -1,0 +1,483 @@
+"""Which days there are, which containers a day has, and their indexes: opened when needed, listed again when time
+passes. Trio thread only; the store runs in threads.
+
+A view is never half new: a refresh lists, opens what is new and builds a tree beside the old one, then swaps. A refresh
+that fails keeps the last good view and says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+import structlog
+import trio
+
+from des_format.errors import DesFormatError, NotAContainer
+from des_format.names import name_problem
+from des_format.shards import (
+    CONTAINER_SUFFIX,
+    ContainerKey,
+    hex_group,
+    is_day,
+    parse_container_name,
+    placement_shard,
+    shard_hex,
+)
+from desfs import metrics
+from desfs.container import load_container
+from desfs.errors import DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
+from desfs.fetch import OpenContainer, StoreThreads, first_of
+from desfs.inode import Slots
+from desfs.problems import Problems
+from desfs.store.base import ObjectInfo
+from desfs.tree import DayTree, Member
+
+log = structlog.get_logger(__name__)
+
+LAYOUT_KEY = ".desfs.json"
+_LAYOUT_LIMIT = 64 * 1024  # bytes; it has a few dozen
+_RETIRED_S = 3600.0  # how long a container that left its day can still be read by those who have its files open
+_OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
+_OPEN_DAY_S = 2 * 86400.0
+_ATTEMPTS = 3  # to open what a listing named: a container may be replaced between the two
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """`.desfs.json`: how the packers of a store place names. What is missing or unknown is not relied on."""
+
+    shard_bits: int = 0
+    placement: str = ""
+    naming: str = ""
+
+    def group_of(self, path: str) -> str | None:
+        """The shard group that holds a path, or None when this layout does not tell."""
+        if self.placement != "directory" or not 1 <= self.shard_bits <= 32:
+            return None
+        return hex_group(shard_hex(placement_shard(path, self.shard_bits), self.shard_bits))
+
+
+class File(NamedTuple):
+    """A path that shows a row of an open container."""
+
+    container: OpenContainer
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A container as a listing has it."""
+
+    info: ObjectInfo
+    name: ContainerKey
+    ordinal: int
+
+
+class Changes(NamedTuple):
+    """What the kernel has to forget after a refresh of a day: names below it, and whether directories have grown."""
+
+    day: bytes
+    paths: list[bytes]
+    grown: bool
+
+
+class DayView:
+    """One directory of the root: the containers under `{name}/` and the container `{name}.des`."""
+
+    def __init__(self, views: Views, name: str) -> None:
+        self.name = name
+        self._views = views
+        self._lock = trio.Lock()  # held while listing or opening: those who find all they need do not take it
+        self._candidates: dict[str, Candidate] = {}
+        self._listed_at: float | None = None
+        self._ordinals = 0
+        self._open: dict[str, tuple[OpenContainer, Member]] = {}
+        self._refused: dict[str, str] = {}  # key -> ETag
+        self._complete: DayTree | None = None
+        self._groups: dict[str, DayTree] = {}
+        self._newest_ns = views.root_mtime_ns
+
+    @property
+    def is_open(self) -> bool:
+        """True while files may still come in: today and yesterday, and names that are no days."""
+        return not is_day(self.name) or self._views.now() - self._began_s() < _OPEN_DAY_S
+
+    @property
+    def mtime_ns(self) -> int:
+        """When the day's directories changed last. A closed day's is its end, which needs no listing and never changes;
+        an open one's is the LastModified of its newest container."""
+        return self._newest_ns if self.is_open else int((self._began_s() + 86400) * 1_000_000_000)
+
+    def _began_s(self) -> float:
+        return datetime.fromisoformat(self.name).replace(tzinfo=UTC).timestamp()
+
+    def containers(self) -> list[tuple[str, int, str, int | None]]:
+        """(key, bytes, state, files) of each container that the last listing had; files of those that are open."""
+        rows: list[tuple[str, int, str, int | None]] = []
+        for key, candidate in sorted(self._candidates.items()):
+            if key in self._open:
+                rows.append((key, candidate.info.size, "open", len(self._open[key][1].index)))
+            else:
+                rows.append((key, candidate.info.size, "refused" if key in self._refused else "listed", None))
+        return rows
+
+    async def find(self, path: bytes) -> File | None:
+        """What `path` is: a file, or None for a directory. Raises: NoSuchPath; DamagedDay; StoreError."""
+        problem = name_problem(path)
+        if problem is not None:
+            raise NoSuchPath(f"{self.name}: {problem}")
+        await self.ensure_listed()
+        group = self._views.layout.group_of(path.decode())
+        if self._complete is None and group is not None and not self._views.strict:
+            tree = self._groups.get(group) or await self._load_group(group)
+            found = self._find_in(tree, path, group)
+            if found is not None:
+                return found
+            if tree.is_directory(path):
+                return None
+        tree = self._complete or await self.load()
+        self._check_strict()
+        if tree.is_directory(path):
+            return None
+        found = self._find_in(tree, path, group)
+        if found is None:
+            raise NoSuchPath(f"{self.name}: no {path.decode()!r}")
+        return found
+
+    async def load(self) -> DayTree:
+        """The tree of the whole day, every index read. Raises: DamagedDay; StoreError."""
+        await self.ensure_listed()
+        if self._complete is None:
+            async with self._lock:
+                if self._complete is None:
+                    await self._open_all(lambda candidate: True)
+                    self._complete = await self._build(self._open.values())
+                    self._groups.clear()
+                    self._report_collisions(self._complete)
+        self._check_strict()
+        return self._complete
+
+    async def refresh(self) -> Changes | None:
+        """List again; None if nothing has changed. Raises: StoreError, and the old view stays."""
+        if self._listed_at is None:
+            return None
+        async with self._lock:
+            return await self._refresh_locked()
+
+    def close(self) -> list[OpenContainer]:
+        """Give up the view; the containers that it had open."""
+        return [container for container, _ in self._open.values()]
+
+    def due(self, now: float, refresh_s: float) -> bool:
+        """True when the day should be listed again."""
+        if self._listed_at is None:
+            return False
+        return now - self._listed_at >= (refresh_s if self.is_open else refresh_s * _OLD_DAY_FACTOR)
+
+    def _find_in(self, tree: DayTree, path: bytes, group: str | None) -> File | None:
+        found = tree.find_file(path, group)
+        return None if found is None else File(self._views.slots[found[0].slot], found[1])
+
+    def _check_strict(self) -> None:
+        if self._views.strict and self._refused:
+            raise DamagedDay(f"{self.name}: container {min(self._refused)} was refused, and the mount is strict")
+
+    async def ensure_listed(self) -> None:
+        """List the containers if that has not been done yet. Raises: StoreError."""
+        if self._listed_at is None:
+            async with self._lock:
+                if self._listed_at is None:
+                    self._take(await self._list())
+
+    async def _list(self) -> list[tuple[ObjectInfo, ContainerKey]]:
+        store = self._views.threads.store
+        entry = self._views.names.get(self.name)
+        found: list[ObjectInfo] = []
+        if entry is None or entry.has_prefix:
+            listing = await self._views.threads.run(store.list, f"{self.name}/", delimiter=True)
+            found += listing.objects
+        if entry is not None and entry.has_object:
+            listing = await self._views.threads.run(store.list, self.name + CONTAINER_SUFFIX)
+            found += [info for info in listing.objects if info.key == self.name + CONTAINER_SUFFIX]
+        named = [(info, parse_container_name(info.key.rpartition("/")[2])) for info in found]
+        return [(info, name) for info, name in named if name is not None]
+
+    def _take(self, found: list[tuple[ObjectInfo, ContainerKey]]) -> None:
+        """Make a listing the current one. Ordinals of containers that stay do not change."""
+        candidates: dict[str, Candidate] = {}
+        for info, name in found:
+            old = self._candidates.get(info.key)
+            if old is not None and old.info.etag == info.etag:
+                candidates[info.key] = old
+            else:
+                self._ordinals += 1
+                candidates[info.key] = Candidate(info, name, self._ordinals)
+        for key in self._refused.keys() - candidates.keys():
+            self._views.problems.clear(key)
+        self._refused = {
+            key: etag for key, etag in self._refused.items() if key in candidates and candidates[key].info.etag == etag
+        }
+        self._candidates = candidates
+        self._newest_ns = max((candidate.info.mtime_ns for candidate in candidates.values()), default=self._newest_ns)
+        self._listed_at = trio.current_time()
+
+    async def _load_group(self, group: str) -> DayTree:
+        async with self._lock:
+            if group not in self._groups:
+                if self._complete is not None:
+                    return self._complete
+                await self._open_all(lambda candidate: candidate.name.group == group)
+                self._groups[group] = await self._build(
+                    pair for pair in self._open.values() if pair[1].name.group == group
+                )
+            return self._groups[group]
+
+    async def _open_all(self, wanted: Callable[[Candidate], bool]) -> None:
+        """Open the wanted containers that are not open yet, in parallel. One that was replaced or removed since the
+        listing makes a new listing; one that is no container is refused and reported."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            missing = [
+                candidate
+                for key, candidate in self._candidates.items()
+                if wanted(candidate) and key not in self._open and key not in self._refused
+            ]
+            changed: list[str] = []
+            try:
+                async with trio.open_nursery() as nursery:
+                    for candidate in missing:
+                        nursery.start_soon(self._open_one, candidate, changed)
+            except ExceptionGroup as group:
+                raise first_of(group) from None
+            if not changed:
+                return
+            if attempt < _ATTEMPTS:
+                self._take(await self._list())
+                self._retire_gone()
+        raise StoreError(f"{self.name}: {changed[0]} changed {_ATTEMPTS} times while it was opened")
+
+    async def _open_one(self, candidate: Candidate, changed: list[str]) -> None:
+        info = candidate.info
+        try:
+            loaded = await self._views.threads.run(load_container, self._views.threads.store, info)
+        except NotAContainer as error:
+            self._refused[info.key] = info.etag
+            self._views.problems.report(info.key, str(error))
+            return
+        except (NoSuchObject, ObjectReplaced):
+            changed.append(info.key)
+            return
+        metrics.CONTAINERS_OPENED.inc()
+        container = self._views.slots.add(info.key, info.etag, partial(OpenContainer, loaded))
+        member = await trio.to_thread.run_sync(
+            Member, candidate.ordinal, container.slot, loaded.index, info.key, candidate.name, info.mtime_ns
+        )
+        for problem in loaded.problems:
+            self._views.problems.report(info.key, problem)
+        self._open[info.key] = (container, member)
+
+    async def _build(self, pairs: Iterable[tuple[OpenContainer, Member]]) -> DayTree:
+        return await trio.to_thread.run_sync(DayTree, [member for _, member in pairs])
+
+    def _report_collisions(self, tree: DayTree) -> None:
+        for member, row in tree.collisions:
+            name = member.index.entry(row).name
+            self._views.problems.report(member.key, f"file {name!r} is hidden by a directory of that name")
+
+    async def _refresh_locked(self) -> Changes | None:
+        before = self._candidates
+        old_open = dict(self._open)
+        old_trees = [self._complete] if self._complete is not None else list(self._groups.values())
+        groups = None if self._complete is not None else set(self._groups)
+        self._take(await self._list())
+        if self._candidates == before:
+            return None
+        self._retire_gone()
+        try:
+            await self._open_all(lambda candidate: groups is None or candidate.name.group in groups)
+        except BaseException:
+            # The new listing cannot be shown yet: keep the old view whole, and try again at the next refresh.
+            old_slots = {container.slot for container, _ in old_open.values()}
+            self._views.retire(container for container, _ in self._open.values() if container.slot not in old_slots)
+            self._candidates, self._open = before, old_open
+            raise
+        if groups is None:
+            self._complete = await self._build(self._open.values())
+            self._report_collisions(self._complete)
+            new_trees = [self._complete]
+        else:
+            self._groups = {
+                group: await self._build(pair for pair in self._open.values() if pair[1].name.group == group)
+                for group in groups
+            }
+            new_trees = list(self._groups.values())
+        kept = {container.slot for container, _ in self._open.values()}
+        self._views.retire(container for container, _ in old_open.values() if container.slot not in kept)
+        paths = await trio.to_thread.run_sync(_changed_paths, old_trees, new_trees)
+        return Changes(self.name.encode(), paths, grown=True)
+
+    def _retire_gone(self) -> None:
+        """Close what the current listing does not have in this version."""
+        for key, (container, _) in list(self._open.items()):
+            candidate = self._candidates.get(key)
+            if candidate is None or candidate.info.etag != container.info.etag:
+                del self._open[key]
+
+
+def _changed_paths(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[bytes]:
+    """The paths that showed a row of an old tree and show something else, or nothing, in the new ones; directories that
+    are gone included."""
+    new_members = {id(member) for tree in new_trees for member in tree.members}
+    old_members = {id(member) for tree in old_trees for member in tree.members}
+    suspects: set[bytes] = set()
+    for tree in old_trees:
+        for member in tree.members:
+            if id(member) not in new_members:
+                suspects.update(
+                    member.index.name(row) for row in member.index.shown().tolist() if tree.is_shown(member, row)
+                )
+    for tree in new_trees:
+        for member in tree.members:
+            if id(member) not in old_members:
+                names = (member.index.name(row) for row in member.index.hashes[1].tolist())
+                suspects.update(name for name in names if any(old.find_file(name) for old in old_trees))
+        suspects.update(member.index.name(row) for member, row in tree.collisions)
+    changed = {path for path in suspects if _shows(old_trees, path) != _shows(new_trees, path)}
+    for path in list(changed):
+        folder = path.rpartition(b"/")[0]
+        while folder and not any(tree.is_directory(folder) for tree in new_trees):
+            changed.add(folder)
+            folder = folder.rpartition(b"/")[0]
+    return sorted(changed)
+
+
+def _shows(trees: list[DayTree], path: bytes) -> tuple[int, int] | None:
+    for tree in trees:
+        found = tree.find_file(path)
+        if found is not None:
+            return id(found[0]), found[1]
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class RootEntry:
+    """What the root listing has of a name: a folder, a container, or both."""
+
+    has_prefix: bool
+    has_object: bool
+
+
+class Views:
+    """All days of a store. Trio thread only."""
+
+    def __init__(
+        self,
+        threads: StoreThreads,
+        problems: Problems,
+        *,
+        strict: bool = False,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.threads = threads
+        self.problems = problems
+        self.strict = strict
+        self.now = now
+        self.layout = Layout()
+        self.names: dict[str, RootEntry] = {}
+        self.slots: Slots[OpenContainer] = Slots()
+        self.root_mtime_ns = 0
+        self._days: dict[str, DayView] = {}
+        self._holds_containers: dict[str, bool] = {}  # of folders that are no days
+        self._retired: list[tuple[float, OpenContainer]] = []
+        self._root_lock = trio.Lock()
+        self._root_listed_at = 0.0
+
+    async def start(self) -> None:
+        """List the root and read the layout. Raises: StoreError: there is nothing to mount."""
+        await self.refresh_root()
+
+    async def refresh_root(self) -> bool:
+        """List the root again; True if a name came or went."""
+        async with self._root_lock:
+            listing = await self.threads.run(self.threads.store.list, "", delimiter=True)
+            prefixes = {prefix.rstrip("/") for prefix in listing.prefixes}
+            objects = {
+                info.key.removesuffix(CONTAINER_SUFFIX)
+                for info in listing.objects
+                if info.key.endswith(CONTAINER_SUFFIX)
+            }
+            names: dict[str, RootEntry] = {}
+            for name in sorted(prefixes | objects):
+                problem = name_problem(name.encode("utf-8", "surrogateescape"))
+                if problem is None and name != ".desfs":
+                    names[name] = RootEntry(name in prefixes, name in objects)
+                elif name in objects:
+                    self.problems.report(
+                        name + CONTAINER_SUFFIX, problem or "the name is that of the control directory"
+                    )
+            if any(info.key == LAYOUT_KEY for info in listing.objects) and self.layout == Layout():
+                self.layout = await self._read_layout()
+            self._root_listed_at = trio.current_time()
+            changed = names.keys() != self.names.keys()
+            if changed:
+                self.root_mtime_ns = int(self.now() * 1e9)
+            for name in self._days.keys() - names.keys():
+                self.retire(self._days.pop(name).close())
+            self.names = names
+            return changed
+
+    async def root_names(self) -> list[str]:
+        """The directories of the root, ascending. A folder that is no day counts if a container stands in it."""
+        folders = [name for name in self.names if not self._is_shown_cheaply(name)]
+        try:
+            async with trio.open_nursery() as nursery:
+                for name in folders:
+                    nursery.start_soon(self._holds, name)
+        except ExceptionGroup as group:
+            raise first_of(group) from None
+        return [name for name in self.names if self._is_shown_cheaply(name) or self._holds_containers.get(name)]
+
+    async def day(self, name: str, refresh_s: float) -> DayView:
+        """The view of a name of the root. Raises: NoSuchPath; StoreError."""
+        if name not in self.names and trio.current_time() - self._root_listed_at >= refresh_s:
+            await self.refresh_root()
+        if name not in self.names or not (self._is_shown_cheaply(name) or await self._holds(name)):
+            raise NoSuchPath(f"the store has no containers {name!r}")
+        view = self._days.get(name)
+        if view is None:
+            view = self._days[name] = DayView(self, name)
+        return view
+
+    def known_days(self) -> list[DayView]:
+        """The days that somebody has looked at."""
+        return list(self._days.values())
+
+    def retire(self, containers: Iterable[OpenContainer]) -> None:
+        """Let containers that left their day be read for a while by those who have their files open."""
+        now = trio.current_time()
+        self._retired += [(now, container) for container in containers]
+        while self._retired and now - self._retired[0][0] > _RETIRED_S:
+            self.slots.remove(self._retired.pop(0)[1].slot)
+
+    def _is_shown_cheaply(self, name: str) -> bool:
+        return is_day(name) or self.names[name].has_object
+
+    async def _holds(self, name: str) -> bool:
+        if not self._holds_containers.get(name):
+            listing = await self.threads.run(self.threads.store.list, f"{name}/", delimiter=True)
+            self._holds_containers[name] = any(
+                parse_container_name(info.key.rpartition("/")[2]) is not None for info in listing.objects
+            )
+        return self._holds_containers[name]
+
+    async def _read_layout(self) -> Layout:
+        try:
+            answer = await self.threads.run(self.threads.store.get_tail, LAYOUT_KEY, _LAYOUT_LIMIT)
+            return msgspec.json.decode(answer.data, type=Layout)
+        except (msgspec.MsgspecError, DesFormatError) as error:
+            self.problems.report(LAYOUT_KEY, f"is not understood, every index is read: {error}")
+            return Layout()
