@@ -74,10 +74,11 @@ def external_keys(container_key: str, name: str, recorded: object = None, *, roo
     name; the rule's key comes after it, for stores that were copied to another place.
     """
     by_rule = external_key(container_key, name)
-    if not isinstance(recorded, str) or "\0" in recorded:
+    # surrogatepass: JSON can hold lone surrogates, which no key can; name_problem finds them.
+    if not isinstance(recorded, str) or name_problem(recorded.encode("utf-8", "surrogatepass")) is not None:
         return [by_rule]
     components = recorded.split("/")
-    if any(component in ("", ".", "..") for component in components) or BIG_FILES_FOLDER not in components[:-1]:
+    if BIG_FILES_FOLDER not in components[:-1]:
         return [by_rule]
     inside = "/".join(components[components.index(BIG_FILES_FOLDER) + 1 :])
     if inside != name and not inside.endswith(f"/{name}"):
