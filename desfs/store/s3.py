@@ -142,6 +142,9 @@ class S3Store:
         )
         with self._translating(None):
             for page in pages:
+                # What is no listing at all, a proxy's page say, or breaks off, would seem to be one with less in it.
+                if "IsTruncated" not in page or (page["IsTruncated"] and not page.get("NextContinuationToken")):
+                    raise BadAnswer(f"{self.url} at {self.endpoint_url}: the answer is no listing, or not a whole one")
                 prefixes += [found["Prefix"][drop:] for found in page.get("CommonPrefixes", ())]
                 objects += [
                     ObjectInfo(
