@@ -165,40 +165,34 @@ class _DayLedger:
 
     def next_sequence(self, ms: int, mask: int) -> int:
         """The first free sequence number of the time field of `ms`, or 256."""
-        field = ms & mask
-        used = 0
-        counts = self.exact.get(field >> 10)
-        if counts is not None:
-            used = counts[field & 1023]
-        marks = self.coarse.get(field >> 16)
-        if marks is not None:
-            used = min(max(used, marks[field >> 10 & 63] - ((field & 1023) << 8)), SEQUENCES_PER_MS)
         if self.spent is not None and (ms - self.spent[0]) & mask <= self.spent[1] - self.spent[0]:
             return SEQUENCES_PER_MS
+        field = ms & mask
+        counts = self.exact.get(field >> 10)
+        used = 0 if counts is None else counts[field & 1023]
+        marks = self.coarse.get(field >> 16)
+        if marks is not None:
+            marked = marks[field >> 10 & 63] - ((field & 1023) << 8)
+            if marked > used:
+                used = min(marked, SEQUENCES_PER_MS)
         return used
 
     def take(self, ms: int, mask: int, exact_fields: int) -> int:
         """The first free sequence number of the time field of `ms`, used from now on, or 256."""
+        sequence = self.next_sequence(ms, mask)
+        if sequence == SEQUENCES_PER_MS:
+            return sequence
         field = ms & mask
-        block = field >> 10
-        counts = self.exact.get(block)
-        marks = self.coarse.get(field >> 16)
-        if counts is None and marks is not None and self.spent is None and field >= exact_fields:  # as good as always
-            sequence = marks[block & 63] - ((field & 1023) << 8)
-            if sequence < 0:
-                sequence = 0
-        else:
-            sequence = self.next_sequence(ms, mask)
-        if sequence >= SEQUENCES_PER_MS:
-            return SEQUENCES_PER_MS
         if field >= exact_fields:
+            marks = self.coarse.get(field >> 16)
             if marks is None:
                 marks = self.coarse[field >> 16] = array("I", bytes(4 * _COARSE_PAGE))
                 self.grown += 4 * _COARSE_PAGE
-            marks[block & 63] = ((field & 1023) << 8) + sequence + 1
+            marks[field >> 10 & 63] = ((field & 1023) << 8) + sequence + 1
         else:
+            counts = self.exact.get(field >> 10)
             if counts is None:
-                counts = self.exact[block] = array("H", bytes(2 * _BLOCK))
+                counts = self.exact[field >> 10] = array("H", bytes(2 * _BLOCK))
                 self.grown += 2 * _BLOCK
             counts[field & 1023] = sequence + 1
         if ms > self.last_ms:
