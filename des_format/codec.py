@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
 from des_format.errors import CorruptMeta, InvalidMeta, NotAContainer
 from des_format.layout import (
@@ -23,6 +23,8 @@ from des_format.layout import (
 )
 
 Buffer = bytes | bytearray | memoryview
+
+_MAX_EXPONENT = 400  # more than a double can hold
 
 
 def build_header() -> bytes:
@@ -125,8 +127,9 @@ def encode_meta(meta: Mapping[str, Any] | None, size: int, external_key: str | N
     pairs = []
     for key, value in values.items():
         if isinstance(value, Decimal):
-            if not value.is_finite():
-                raise InvalidMeta(f"metadata value of {key!r}: {value} is no JSON number")
+            # "f" writes an exponent out as zeros, which could be a billion.
+            if not value.is_finite() or abs(value.adjusted()) > _MAX_EXPONENT:
+                raise InvalidMeta(f"metadata value of {key!r}: {value} is no JSON number, or out of all proportion")
             text = format(value, "f")
         else:
             try:
@@ -148,11 +151,21 @@ def decode_meta(raw: Buffer, size: int, what: str) -> dict[str, Any]:
     if not raw:
         return {}
     try:
-        meta = json.loads(bytes(raw))
+        # As text: from bytes, json.loads would take UTF-16 and a byte order mark as well.
+        meta = json.loads(str(raw, "utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CorruptMeta(f"{what}: META is no JSON: {error}") from error
+        raise CorruptMeta(f"{what}: META is no JSON: {str(error)[:200]}") from error
     if not isinstance(meta, dict):
         raise CorruptMeta(f"{what}: META: found a JSON {type(meta).__name__}, want an object")
     if "size" in meta and (isinstance(meta["size"], bool) or meta["size"] != size):
-        raise CorruptMeta(f"{what}: META: found size {str(meta['size'])[:80]}, want {size} as in the index")
+        found = meta["size"]
+        # A list may nest too deep to be printed.
+        shown = (
+            str(found)[:80] if found is None or isinstance(found, int | float | str) else f"a {type(found).__name__}"
+        )
+        raise CorruptMeta(f"{what}: META: found size {shown}, want {size} as in the index")
     return meta
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON")

@@ -19,7 +19,7 @@ from des_format.layout import EXTERNAL
 
 NO_TIME = np.iinfo(np.int64).min
 NO_MODE = 0xFFFF
-_MAX_TIME_NS = 2**63 - 1
+_MAX_TIME_S = (2**63 - 1) // 1_000_000_000  # whole seconds: a fraction must fit behind them
 _PERMISSIONS = 0o7777
 
 
@@ -67,6 +67,8 @@ class MetaColumns:
         inside = (lengths > 0) & (offsets >= np.uint64(start)) & (offsets + lengths <= np.uint64(stop))
         self.damaged |= (index.state & BAD_META) != 0
         rows = np.flatnonzero(inside)
+        # msgspec does not look at the bytes of strings that it skips.
+        sound = isinstance(raw, bytes) and raw.isascii()
         rows = rows[: self._affordable(offsets[rows], lengths[rows], len(view))]
         self.damaged |= inside
         self.damaged[rows] = False
@@ -84,6 +86,8 @@ class MetaColumns:
             try:
                 if decoded != (offset, length):
                     decoded = None
+                    if not sound:
+                        str(view[offset : offset + length], "utf-8")
                     keys = _decoder.decode(view[offset : offset + length])
                     decoded = (offset, length)
                 if keys.size and bytes(keys.size) != b"%d" % size:
@@ -132,11 +136,11 @@ class MetaColumns:
 def verify_payload(meta: Mapping[str, object], payload: Buffer, index: Index, row: int) -> None:
     """Compare a payload with the `crc32c`, else the `sha256` of its metadata. Raises: CorruptEntry."""
     wanted, found = meta.get("crc32c"), ""
-    if isinstance(wanted, str) and len(wanted) == 8:
+    if isinstance(wanted, str) and _is_hex(wanted.encode("utf-8", "surrogatepass"), 8):
         found = f"{google_crc32c.value(bytes(payload)):08x}"
     else:
         wanted = meta.get("sha256")
-        if not isinstance(wanted, str) or len(wanted) != 64:
+        if not isinstance(wanted, str) or not _is_hex(wanted.encode("utf-8", "surrogatepass"), 64):
             return
         found = sha256(payload).hexdigest()
     if found != wanted:
@@ -150,11 +154,12 @@ def _nanoseconds(number: bytes) -> int:
     """Seconds as a JSON number to ns, NO_TIME for what is no number or no time; digits past the ninth are cut."""
     seconds, _, fraction = number.partition(b".")
     if seconds.isdigit() and (fraction.isdigit() or not fraction) and len(seconds) <= 10:
-        return int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, b"0"))
+        whole = int(seconds)
+        return whole * 1_000_000_000 + int(fraction[:9].ljust(9, b"0")) if whole < _MAX_TIME_S else NO_TIME
     try:
         value = Decimal(number.decode("ascii"))
-        return int(value.scaleb(9)) if abs(value) < _MAX_TIME_NS // 1_000_000_000 else NO_TIME
-    except (InvalidOperation, ValueError, OverflowError):
+        return int(value.scaleb(9)) if abs(value) < _MAX_TIME_S else NO_TIME
+    except (InvalidOperation, ValueError, ArithmeticError):
         return NO_TIME
 
 
@@ -167,10 +172,10 @@ def _text(quoted: bytes) -> str:
 
 
 def _hex_value(quoted: bytes, digits: int) -> int:
-    """The value of a JSON string of exactly so many hex digits, -1 for anything else."""
-    if len(quoted) != digits + 2:
-        return -1
-    try:
-        return int.from_bytes(bytes.fromhex(quoted[1:-1].decode("ascii")), "big")
-    except ValueError:
-        return -1
+    """The value of a JSON string of exactly so many lower-case hex digits, -1 for anything else."""
+    return int(quoted[1:-1], 16) if _is_hex(quoted[1:-1], digits) and quoted[:1] == b'"' else -1
+
+
+def _is_hex(text: bytes, digits: int) -> bool:
+    """Whether a checksum is what the format says it is; else the key is an application's own."""
+    return len(text) == digits and not text.strip(b"0123456789abcdef")
