@@ -177,23 +177,26 @@ class SqliteCatalog:
             raise CatalogTooNew(f"{self.path}: found a catalog of version {version}, want {SCHEMA_VERSION} or older")
         return version
 
+    def _open_engine(self) -> AsyncEngine:
+        if self._engine is None:
+            raise CatalogUnavailable(f"{self.path}: the catalog is not open")
+        return self._engine
+
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[AsyncConnection]:
         """A connection that sees one state of the catalog; other statements than SELECT do not belong here."""
-        if self._engine is None:
-            raise CatalogUnavailable(f"{self.path}: the catalog is not open")
+        engine = self._open_engine()
         with self._translated():
-            async with self._engine.connect() as connection:
+            async with engine.connect() as connection:
                 await connection.execution_options(read_only=True)
                 yield connection
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that has the write lock from its start, committed when the block ends without an exception."""
-        if self._engine is None:
-            raise CatalogUnavailable(f"{self.path}: the catalog is not open")
+        engine = self._open_engine()  # before the turn comes: `close` waits for those who wait for it
         with self._translated():
-            async with self._write_turn, self._engine.begin() as connection:
+            async with self._write_turn, engine.begin() as connection:
                 yield connection
 
     @contextmanager

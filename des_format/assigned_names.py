@@ -280,6 +280,7 @@ class SnowflakeNameGenerator:
     time goes on from where it was at the pace of the monotonic clock: an hour's step costs no hour's wait. Several live
     generators of one prefix and node id share what they have used, and their latest logical time. The first name is
     from a millisecond after the generator's creation, since a process that ended just before may have used that one.
+    A forked process is another process: it needs a node id of its own.
     """
 
     def __init__(

@@ -386,6 +386,17 @@ class CatalogContract:
 
         run_many(2, scenario)
 
+    def test_closing_waits_for_the_calls_that_were_made_before(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            calls = [asyncio.ensure_future(catalog.next_generation(lease)) for _ in range(10)]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await catalog.close()
+            assert await asyncio.gather(*calls) == list(range(1, 11))
+
+        run(scenario)
+
     def test_a_closed_catalog_says_so(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
             lease = await acquired(catalog)
