@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from itertools import pairwise, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,17 @@ import xxhash
 
 from des_format.errors import CorruptEntry, NoSuchEntry, NotAContainer, UnsupportedEntry
 from des_format.layout import DELETED, EXTERNAL, MAX_META, NAME_LENGTH, RECORD, Footer
-from des_format.names import MAX_COMPONENT, name_problem
+from des_format.names import MAX_COMPONENT, MAX_PATH, name_problem
 
 _RECORD_DTYPE = np.dtype(
     [("data_offset", "<u8"), ("data_length", "<u8"), ("meta_offset", "<u8"), ("meta_length", "<u8"), ("flags", "<u4")]
 )
 assert _RECORD_DTYPE.itemsize == RECORD.size
 _FIXED = NAME_LENGTH.size + RECORD.size
-_CHUNK = 1 << 17  # records gathered at a time: bounds the temporary arrays to a few dozen MB
+# At a time: bounds the temporary arrays, which have up to nine bytes for one of a name, to a few dozen MB.
+_CHUNK = 1 << 17  # records
+_CHUNK_BYTES = 1 << 20  # of their names
+_KEPT = MAX_PATH + 1  # bytes of a name: one that is too long for a path is never shown, and its end never looked at
 _MAX_FILE = 2**63 - 1  # st_size is signed
 
 # States of a row. A row without HIDDEN, DUPLICATE and DELETED is shown; BAD_FLAGS and BAD_DATA make it unreadable.
@@ -89,6 +92,7 @@ class Index:
         starts, name_lengths = _record_starts(raw, footer, container)
         records, names = _gather(np.frombuffer(raw, np.uint8), starts, name_lengths)
         del starts
+        name_lengths = np.minimum(name_lengths, _KEPT)
         offsets: Offsets = np.zeros(len(name_lengths) + 1, np.dtype(np.uint32 if len(names) < 2**32 else np.uint64))
         np.cumsum(name_lengths, out=offsets[1:])
         state = _states(records, footer)
@@ -238,7 +242,7 @@ def _record_starts(
 def _gather(
     raw: Bytes1, starts: npt.NDArray[np.int64], name_lengths: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.void], bytes]:
-    """The fixed parts of all records as one structured array, and all names in one piece."""
+    """The fixed parts of all records as one structured array, and all names in one piece, cut at `_KEPT` bytes."""
     count = len(starts)
     records = np.empty(count, _RECORD_DTYPE)
     if count == 0:
@@ -246,15 +250,26 @@ def _gather(
     # A structured view with a stride of one byte: element i is the record whose fixed part begins at byte i.
     anywhere: npt.NDArray[np.void] = np.ndarray((len(raw) - RECORD.size + 1,), _RECORD_DTYPE, raw.data, strides=(1,))
     names = []
-    for low in range(0, count, _CHUNK):
-        high = min(low + _CHUNK, count)
+    for low, high in _chunks(np.append(starts, len(raw))):
         begin, lengths = starts[low:high], name_lengths[low:high]
         records[low:high] = anywhere[begin + NAME_LENGTH.size + lengths]
+        kept = np.minimum(lengths, _KEPT)
         widths = np.empty((high - low, 3), np.int64)
-        widths[:, 0], widths[:, 1], widths[:, 2] = NAME_LENGTH.size, lengths, RECORD.size
+        widths[:, 0], widths[:, 1], widths[:, 2] = NAME_LENGTH.size, kept, lengths - kept + RECORD.size
         is_name = np.repeat(np.tile(np.array([False, True, False]), high - low), widths.ravel())
         names.append(raw[begin[0] : begin[0] + len(is_name)][is_name].tobytes())
     return records, b"".join(names)
+
+
+def _chunks(bounds: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most `_CHUNK` rows and, but for a single row, `_CHUNK_BYTES` bytes; row i has the bytes from
+    bounds[i] to bounds[i + 1]."""
+    low, count = 0, len(bounds) - 1
+    while low < count:
+        fitting = int(np.searchsorted(bounds, int(bounds[low]) + _CHUNK_BYTES, "right")) - 1
+        high = max(min(fitting, low + _CHUNK, count), low + 1)
+        yield low, high
+        low = high
 
 
 def _states(records: npt.NDArray[np.void], footer: Footer) -> Bytes1:
@@ -289,10 +304,22 @@ def _hashes(names: bytes, offsets: Offsets) -> npt.NDArray[np.uint64]:
 
 
 def _unshowable(names: bytes, offsets: Offsets) -> list[int]:
-    """The rows with names that a reader never shows. Only what looks odd in a scan of all bytes is checked one by
-    one."""
+    """The rows with names that a reader never shows."""
+    rows: list[int] = []
+    for low, high in _chunks(offsets):
+        bounds = offsets[low : high + 1].astype(np.int64)
+        piece = names[bounds[0] : bounds[-1]]
+        bounds -= bounds[0]
+        for row in _suspects(piece, bounds[:-1], bounds[1:]):
+            if name_problem(piece[bounds[row] : bounds[row + 1]]) is not None:
+                rows.append(low + row)  # noqa: PERF401 - a name is cut out once
+    return rows
+
+
+def _suspects(names: bytes, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> list[int]:
+    """The rows with names that look odd in a scan of all bytes, to be checked one by one: all that cannot be shown, and
+    more."""
     raw = np.frombuffer(names, np.uint8)
-    starts, stops = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
     lengths = stops - starts
     suspects = [np.flatnonzero((lengths == 0) | (lengths > MAX_COMPONENT))]
     if len(raw):
@@ -310,13 +337,11 @@ def _unshowable(names: bytes, offsets: Offsets) -> list[int]:
         except UnicodeDecodeError:
             odd |= raw >= 0x80
         suspects.append(np.searchsorted(starts, np.flatnonzero(odd), "right") - 1)
-    rows = np.unique(np.concatenate(suspects)).tolist()
-    return [row for row in rows if name_problem(names[starts[row] : stops[row]]) is not None]
+    rows: list[int] = np.unique(np.concatenate(suspects)).tolist()
+    return rows
 
 
-def _older_duplicates(
-    names: bytes, offsets: Offsets, hashes: npt.NDArray[np.uint64]
-) -> list[int]:
+def _older_duplicates(names: bytes, offsets: Offsets, hashes: npt.NDArray[np.uint64]) -> list[int]:
     """The rows whose name stands again in a later row."""
     order = np.argsort(hashes, kind="stable")
     ascending = hashes[order]
@@ -345,9 +370,7 @@ def _data_order(records: npt.NDArray[np.void], state: Bytes1) -> npt.NDArray[np.
     return np.argsort(key, kind="stable")
 
 
-def _permute_names(
-    names: bytes, offsets: Offsets, order: npt.NDArray[np.int64]
-) -> tuple[bytes, Offsets]:
+def _permute_names(names: bytes, offsets: Offsets, order: npt.NDArray[np.int64]) -> tuple[bytes, Offsets]:
     bounds = offsets.tolist()
     moved = b"".join(names[bounds[row] : bounds[row + 1]] for row in order.tolist())
     lengths = np.diff(offsets.astype(np.int64))[order]

@@ -15,6 +15,8 @@ def name_problem(name: bytes) -> str | None:
     weight."""
     if not name:
         return "the name is empty"
+    if len(name) > MAX_PATH:  # before all that looks at every byte
+        return f"the name has more than the {MAX_PATH} bytes of a path"
     if b"\0" in name:
         return f"the name has a NUL at byte {name.index(0)}"
     try:
@@ -23,8 +25,6 @@ def name_problem(name: bytes) -> str | None:
         return f"the name is not UTF-8 at byte {error.start}"
     if name.startswith(b"/"):
         return "the name is an absolute path"
-    if len(name) > MAX_PATH:
-        return f"the name has {len(name)} bytes, more than the {MAX_PATH} of a path"
     for component in name.split(b"/"):
         if not component:
             return "the name has an empty component"

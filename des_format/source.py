@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from struct import Struct
 from typing import NamedTuple, Protocol
@@ -21,6 +22,7 @@ from des_format.shards import guess_root
 
 DEFAULT_TAIL = 256 * 1024  # bytes: index and META of about a thousand files; takes no longer than a round trip
 MAX_INDEX = 1024 * 1024 * 1024  # bytes: over ten million files; a footer that claims more is not trusted with memory
+MAX_CACHED = 128 * 1024 * 1024  # bytes, index and META: more is fetched again rather than copied
 MAX_META_HELD = 64 * 1024 * 1024  # bytes; a larger META region is read entry by entry
 
 _PACKED = Struct("<QQ")  # object size, length of META; then footer, INDEX, META
@@ -103,9 +105,10 @@ def open_container(
         confirmed = version is not None
         seen = version if confirmed else _text(cache.get(note)) if trust_cache else None
         packed = cache.get(CacheKey(source.store, source.key, seen)) if seen else None
-        if seen and packed is not None:
-            source.pin(seen)
-            return _unpack(packed, source.key, seen, confirmed)
+        opened = _unpack(packed, source.key, seen, confirmed) if seen and packed is not None else None
+        if opened is not None:
+            source.pin(opened.etag)
+            return opened
     tail = source.tail(max(tail_length, FOOTER.size))
     footer, size = _checked_footer(tail, source.key)
     tail_start = size - len(tail.data)
@@ -113,17 +116,27 @@ def open_container(
     hold_meta = footer.meta_length <= max_meta
     if hold_meta:
         wanted.append((footer.meta_start, footer.meta_start + footer.meta_length))
-    gets = plan_gets((start, min(stop, tail_start)) for start, stop in wanted)
-    pieces = [(start, source.read(start, stop)) for start, stop in gets] + [(tail_start, tail.data)]
-    raw_index = cut(pieces, *wanted[0])
-    meta = cut(pieces, *wanted[1]) if hold_meta else None
-    index = Index(raw_index, footer, source.key)
-    if cache is not None:
-        packed = _PACKED.pack(size, len(meta or b"")) + tail.data[-FOOTER.size :] + raw_index + (meta or b"")
-        cache.put(CacheKey(source.store, source.key, tail.etag), packed)
+    regions = [bytearray(stop - start) for start, stop in wanted]
+    pieces = chain([(tail_start, tail.data)], _missing(source, wanted, tail_start))
+    for offset, data in pieces:  # copied one by one: a large index is not in memory twice
+        for (start, stop), region in zip(wanted, regions, strict=True):
+            low, high = max(start, offset), min(stop, offset + len(data))
+            if low < high:
+                region[low - start : high - start] = memoryview(data)[low - offset : high - offset]
+    index = Index(regions[0], footer, source.key)
+    meta = bytes(regions[1]) if hold_meta else None
+    if cache is not None and sum(map(len, regions)) <= MAX_CACHED:
+        parts = (_PACKED.pack(size, len(meta or b"")), tail.data[-FOOTER.size :], regions[0], meta or b"")
+        cache.put(CacheKey(source.store, source.key, tail.etag), b"".join(parts))
         if version is None:
             cache.put(note, tail.etag.encode())
     return Opened(index, meta, size, tail.etag, confirmed=True)
+
+
+def _missing(source: RangeSource, wanted: list[tuple[int, int]], tail_start: int) -> Iterator[tuple[int, bytes]]:
+    """What of the wanted ranges lies before the tail."""
+    for start, stop in plan_gets((start, min(stop, tail_start)) for start, stop in wanted):
+        yield start, source.read(start, stop)
 
 
 def cut(pieces: list[tuple[int, bytes]], start: int, stop: int) -> bytes:
@@ -157,11 +170,20 @@ def _checked_footer(tail: Tail, container: str) -> tuple[Footer, int]:
     return footer, tail.size
 
 
-def _unpack(packed: bytes, container: str, etag: str, confirmed: bool) -> Opened:
+def _unpack(packed: bytes, container: str, etag: str, confirmed: bool) -> Opened | None:
+    """What a cache kept, None if it is nothing that was put there."""
+    head = _PACKED.size + FOOTER.size
+    if len(packed) < head:
+        return None
     size, meta_length = _PACKED.unpack_from(packed)
     stop = len(packed) - meta_length
-    footer = parse_footer(packed[_PACKED.size : _PACKED.size + FOOTER.size], size, container)
-    index = Index(memoryview(packed)[_PACKED.size + FOOTER.size : stop], footer, container)
+    try:
+        footer = parse_footer(packed[_PACKED.size : head], size, container)
+        if stop - head != footer.index_length or meta_length not in (0, footer.meta_length):
+            return None
+        index = Index(memoryview(packed)[head:stop], footer, container)
+    except NotAContainer:
+        return None
     meta = packed[stop:] if meta_length == footer.meta_length else None
     return Opened(index, meta, size, etag, confirmed)
 
@@ -227,22 +249,25 @@ class FileSource:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        # O_NONBLOCK: a FIFO would wait for a writer.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
         raise NoSuchObject(f"{path}: no such file") from None
     except OSError as error:
         raise SourceUnavailable(f"{path}: {error.strerror}") from error
 
 
 def _read_all(descriptor: int, start: int, stop: int, what: str) -> bytes:
-    data = bytearray()
-    while start + len(data) < stop:
+    pieces: list[bytes] = []
+    at = start
+    while at < stop:
         try:
             # Linux moves at most 2^31 - 4096 bytes in one call.
-            piece = os.pread(descriptor, min(stop - start - len(data), 1 << 30), start + len(data))
+            piece = os.pread(descriptor, min(stop - at, 1 << 30), at)
         except OSError as error:
-            raise SourceUnavailable(f"{what}: cannot read at byte {start + len(data)}: {error.strerror}") from error
+            raise SourceUnavailable(f"{what}: cannot read at byte {at}: {error.strerror}") from error
         if not piece:
-            raise BadAnswer(f"{what}: found its end at byte {start + len(data)}, want bytes {start} to {stop}")
-        data += piece
-    return bytes(data)
+            raise BadAnswer(f"{what}: found its end at byte {at}, want bytes {start} to {stop}")
+        pieces.append(piece)
+        at += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -28,8 +28,8 @@ UNSHOWABLE = {
     b"a/.": "component '.'",
     b"n" * 256: "256 bytes, more than 255",
     b"d/" + b"n" * 256 + b"/e": "256 bytes, more than 255",
-    b"/".join([b"d" * 200] * 21): "4220 bytes, more than the 4095",
-    b"a/" * 32_767 + b"b": "65535 bytes, more than the 4095",
+    b"/".join([b"d" * 200] * 21): "more than the 4095 bytes of a path",
+    b"a/" * 32_767 + b"b": "more than the 4095 bytes of a path",
 }
 SHOWABLE = (b"a", b"...", b"..a", b".hidden", b"a/.b/c..", b"n" * 255, b'\\:*?"<>|', b"a\nb", b"\x7f", "żółć".encode())
 
@@ -57,7 +57,7 @@ def test_a_path_of_the_greatest_length_is_written() -> None:
     longest = "/".join(["d" * 255] * 15 + ["e" * 255])
     assert len(longest) == 4095
     assert check_writable(longest) == longest.encode()
-    with pytest.raises(InvalidEntryName, match="4096 bytes, more than the 4095"):
+    with pytest.raises(InvalidEntryName, match="more than the 4095 bytes of a path"):
         check_writable("x/" + "/".join(["d" * 255] * 15 + ["e" * 254]))
 
 
