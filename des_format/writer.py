@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol, Self
 
 from des_format.codec import Buffer, build_footer, build_header, build_record, encode_meta
-from des_format.errors import DesFormatError, SizeMismatch, WriterClosed
+from des_format.errors import SizeMismatch, WriterClosed
 from des_format.layout import BIG_FILE_THRESHOLD, EXTERNAL, HEADER, Footer
 from des_format.names import check_writable, external_key
 
@@ -24,6 +24,14 @@ _COPY_CHUNK = 1024 * 1024
 _BUFFER = 1024 * 1024  # of the container file: thousands of small payloads, few writes
 
 Meta = Mapping[str, Any] | None
+
+
+class ReadableBytes(Protocol):
+    """What a streamed payload is read from: any binary file."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes; none at the end."""
+        ...
 
 
 class ExternalStore(Protocol):
@@ -68,8 +76,6 @@ class DesWriter:
         self._external_store = external_store
         self._external_prefix = external_prefix
         self._overwrite = overwrite
-        if not overwrite and self.path.exists():
-            raise FileExistsError(f"{self.path} exists")
         unique = secrets.token_hex(4) if overwrite else "writing"
         self._temporary = self.path.with_name(f".{self.path.name}.{unique}.tmp")
         self._file = open(self._temporary, "x+b", buffering=_BUFFER)  # noqa: SIM115 - closed by close() and discard()
@@ -78,6 +84,11 @@ class DesWriter:
         self._records: list[tuple[bytes, int, int, int, int, int]] = []  # offsets of META relative to its start
         self._position = HEADER.size
         self._closed = False
+        self._failed = False
+        # After the reservation: whoever held it until now may have given its file the name a moment ago.
+        if not overwrite and self.path.exists():
+            self.discard()
+            raise FileExistsError(f"{self.path} exists")
         self._file.write(build_header())
 
     @property
@@ -96,16 +107,22 @@ class DesWriter:
         Raises: InvalidEntryName, InvalidMeta (the container can be continued without the entry); OSError.
         """
         raw_name = self._check(name)
+        data = memoryview(data).cast("B")  # whose length is bytes
         if force_external or len(data) >= self._big_file_threshold:
             key = self._external_key(name)
             encoded = encode_meta(meta, len(data), key)
             if self._external_store is not None:
                 self._external_store.put(key, bytes(data))
             else:
-                with open(self._stage_external(name), "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                staged = self._stage_external(name)
+                try:
+                    with open(staged, "xb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                except BaseException:
+                    self._unstage(staged)
+                    raise
             self._append(raw_name, 0, len(data), encoded, EXTERNAL)
             return
         encoded = encode_meta(meta, len(data))
@@ -117,7 +134,7 @@ class DesWriter:
     def add_stream(
         self,
         name: str,
-        source: BinaryIO,
+        source: ReadableBytes,
         size: int,
         meta: Meta | Callable[[], Meta] = None,
         force_external: bool = False,
@@ -125,8 +142,9 @@ class DesWriter:
         """Add an entry of `size` bytes that are never in memory as a whole. `meta` may be a function, which is called
         when the last byte has been read: for checksums taken on the way.
 
-        Raises: SizeMismatch when the source has more or fewer bytes (the container can be continued without the entry);
-        InvalidEntryName, InvalidMeta; OSError.
+        Raises: SizeMismatch when the source has more or fewer bytes, InvalidEntryName, InvalidMeta, and whatever the
+        source or `meta` raise (the container can be continued without the entry); OSError of the container's own file,
+        which is discarded.
         """
         raw_name = self._check(name)
         if force_external or size >= self._big_file_threshold:
@@ -141,25 +159,22 @@ class DesWriter:
                 if self._external_store is not None:
                     self._external_store.put(key, staged)
             except BaseException:
-                staged.unlink(missing_ok=True)
-                self._folder_files = [pair for pair in self._folder_files if pair[0] != staged]
+                self._unstage(staged)
                 raise
             if self._external_store is not None:
-                staged.unlink()
-                self._folder_files = [pair for pair in self._folder_files if pair[0] != staged]
+                self._unstage(staged)
             self._append(raw_name, 0, size, encoded, EXTERNAL)
             return
         try:
             for chunk in _chunks(source, size, name):
-                self._file.write(chunk)
+                with self._discarding():
+                    self._file.write(chunk)
             encoded = encode_meta(meta() if callable(meta) else meta, size)
-        except DesFormatError:
-            with self._discarding():
-                self._file.seek(self._position)
-                self._file.truncate()
-            raise
         except BaseException:
-            self.discard()
+            if not self._closed:  # the source's fault, not the container's: go on without the entry
+                with self._discarding():
+                    self._file.seek(self._position)
+                    self._file.truncate()
             raise
         self._append(raw_name, self._position, size, encoded, 0)
         self._position += size
@@ -174,8 +189,10 @@ class DesWriter:
         """Finish the container and give it its name; durable when this returns. Calling it again does nothing.
 
         Raises: OSError; FileExistsError with `overwrite` false when somebody took the name. The temporary file is gone
-        then, and the writer closed.
+        then, and the writer closed. WriterClosed when an earlier error had the container discarded.
         """
+        if self._failed:
+            raise WriterClosed(f"{self.path}: the container was discarded after an error")
         if self._closed:
             return
         with self._discarding():
@@ -216,7 +233,8 @@ class DesWriter:
         if self._closed:
             return
         self._closed = True
-        self._file.close()
+        with suppress(OSError):  # a full disk: what could not be written is thrown away anyway
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
         for staged, _ in self._folder_files:
             staged.unlink(missing_ok=True)
@@ -243,6 +261,7 @@ class DesWriter:
         try:
             yield
         except BaseException:
+            self._failed = True
             self.discard()
             raise
 
@@ -264,12 +283,16 @@ class DesWriter:
         self._folder_files.append((staged, final))
         return staged
 
+    def _unstage(self, staged: Path) -> None:
+        staged.unlink(missing_ok=True)
+        self._folder_files = [pair for pair in self._folder_files if pair[0] != staged]
+
     def _append(self, name: bytes, offset: int, length: int, meta: bytes, flags: int) -> None:
         self._records.append((name, offset, length, len(self._meta), len(meta), flags))
         self._meta += meta
 
 
-def _chunks(source: BinaryIO, size: int, name: str) -> Iterator[bytes]:
+def _chunks(source: ReadableBytes, size: int, name: str) -> Iterator[bytes]:
     """The source in pieces, exactly `size` bytes in all. Raises: SizeMismatch, after the last good byte."""
     left = size
     while left:

@@ -41,6 +41,9 @@ CHECKSUM_FAILURES = Counter(
 PROBLEMS = Counter("desfs_problems_total", "Defects found in the store: /.desfs/problems names them", registry=REGISTRY)
 CONTAINERS_OPENED = Counter("desfs_containers_opened_total", "Containers whose index was read", registry=REGISTRY)
 
+PACKED_FILES = Counter("desfs_packed_files_total", "Spool files that are durable and committed", registry=REGISTRY)
+PACKED_BYTES = Counter("desfs_packed_bytes_total", "Their bytes", registry=REGISTRY)
+
 
 def snapshot() -> dict[str, float]:
     """All metrics under flat names: the metric's, then its labels' values, with dots between them.

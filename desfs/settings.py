@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from des_format.layout import BIG_FILE_THRESHOLD
 from desfs.store.base import S3Options
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
@@ -77,3 +78,21 @@ class MountSettings(StoreSettings):
     refresh: float = Field(default=10.0, gt=0)
     strict: bool = False
     fsname: str | None = None
+
+
+class PackerSettings(StoreSettings):
+    """Options of a packer. Sizes are bytes, times seconds."""
+
+    settle: float = Field(default=2.0, ge=0)
+    scan_interval: float = Field(default=1.0, gt=0)
+    max_age: float = Field(default=30.0, ge=0)
+    max_container_bytes: Size = 256 * 1024 * 1024
+    max_container_files: int = Field(default=65_536, ge=1)
+    max_batch_files: int = Field(default=50_000, ge=1)
+    max_file_size: Size = 5 * 1024**4  # S3 holds no larger object
+    big_file_threshold: Annotated[Size, Field(ge=1)] = BIG_FILE_THRESHOLD
+    shard_bits: int | None = Field(default=None, ge=1, le=32)
+    naming: Literal["path", "assigned"] | None = None
+    timezone: str = "UTC"
+    node_id: int = Field(default=0, ge=0, le=255)
+    holder: str = ""

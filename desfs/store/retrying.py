@@ -141,6 +141,11 @@ class Retrying:
             operation, call, deadline_s=self.deadline_s, from_first_failure=from_first_failure, clock=self._clock
         )
 
+    def etag_if_holds(self, key: str, source: bytes | Path) -> str | None:
+        """The ETag of the stored object if its bytes are those of `source`, every one compared; else None. Raises
+        NoSuchObject."""
+        return self._etag_if_equal(key, _pieces_of(source))
+
     def _store_once(
         self, operation: str, key: str, store: Callable[[], str], sent: Callable[[], Iterator[bytes]]
     ) -> str:

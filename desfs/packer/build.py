@@ -1,0 +1,157 @@
+"""From claimed files to a container file. Blocking."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from decimal import Decimal
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from des_format.layout import BIG_FILES_FOLDER
+from des_format.names import external_key
+from des_format.writer import DesWriter, ReadableBytes
+from desfs.errors import ObjectExists
+from desfs.packer.batch import Cut, Item
+from desfs.spool import FileChanged, FileState, Spool, lease_is_broken, take_lease
+from desfs.store.retrying import Retrying
+
+_IN_MEMORY = 4 * 1024 * 1024  # bytes: larger files are streamed
+_CHUNK = 1024 * 1024
+_PERMISSIONS = 0o7777
+
+
+class Checksums:
+    """A source of bytes that takes their SHA-256 and CRC-32C as they pass."""
+
+    def __init__(self, source: ReadableBytes) -> None:
+        self._source = source
+        self._sha256 = sha256()
+        self._crc32c = 0
+
+    def read(self, size: int) -> bytes:
+        """As of the source."""
+        data = self._source.read(size)
+        self._sha256.update(data)
+        self._crc32c = google_crc32c.extend(self._crc32c, data)
+        return data
+
+    def meta(self) -> dict[str, str]:
+        """The keys of META for what has been read."""
+        return {"sha256": self._sha256.hexdigest(), "crc32c": f"{self._crc32c:08x}"}
+
+
+@dataclass(slots=True)
+class Built:
+    """A container file: the items in it, those that changed and go back, and those that cannot be read, with the
+    reason. `path` is None when nothing was left to write."""
+
+    path: Path | None
+    items: list[Item] = field(default_factory=list)
+    changed: list[Item] = field(default_factory=list)
+    unreadable: list[tuple[Item, str]] = field(default_factory=list)
+
+
+class Builder:
+    """Builds the containers of a spool's batches."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        store: Retrying,
+        *,
+        big_file_threshold: int,
+        naming: str,
+        effect: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._spool = spool
+        self._store = store
+        self._big_file_threshold = big_file_threshold
+        self._naming = naming
+        self._effect = effect
+
+    def build(self, batch: str, plan: Cut, key: str) -> Built:
+        """Write the container for `key` into the spool's work folder; external payloads are put into the store first.
+
+        A file that changes meanwhile, or cannot be read, is left out and named. Raises: StoreError; OSError.
+        """
+        path = self._spool.internal / "work" / key.replace("/", "_")
+        built = Built(path)
+        self._effect(f"build {key}")
+        with DesWriter(path, big_file_threshold=self._big_file_threshold) as writer:
+            for item in plan.items:
+                try:
+                    self._add(writer, batch, item, key)
+                except FileChanged:
+                    built.changed.append(item)
+                except PermissionError as error:
+                    built.unreadable.append((item, error.strerror or "permission denied"))
+                else:
+                    built.items.append(item)
+            if not built.items:
+                writer.discard()
+                built.path = None
+        return built
+
+    def _add(self, writer: DesWriter, batch: str, item: Item, key: str) -> None:
+        """Add one file, read under a lease and checked afterwards. Raises: FileChanged; PermissionError."""
+        path = self._spool.claimed(batch, item.path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb", buffering=0) as source:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or FileState.of(status) != item.state or not take_lease(descriptor):
+                raise FileChanged(item.path)
+            checksums = Checksums(source)
+
+            def checked_meta() -> dict[str, Any]:
+                if FileState.of(os.fstat(descriptor)) != item.state or lease_is_broken(descriptor):
+                    raise FileChanged(item.path)
+                return self._meta(item, status, checksums)
+
+            size = item.state.size
+            if size < self._big_file_threshold:
+                if size > _IN_MEMORY:
+                    writer.add_stream(item.name, checksums, size, checked_meta)
+                    return
+                data = checksums.read(size + 1)
+                if len(data) != size:
+                    raise FileChanged(item.path)
+                writer.add_file(item.name, data, checked_meta())
+                return
+            while checksums.read(_CHUNK):
+                pass
+            checked_meta()  # before the upload: what has changed already need not travel
+            external = self._put_external(path, item, key)
+            writer.add_external(item.name, size, checked_meta(), key=external)
+
+    def _put_external(self, path: Path, item: Item, key: str) -> str:
+        """Store a payload of its own where every reader looks; the key. Where an earlier version of the name has taken
+        that place, this one gets a folder of its own, which META records."""
+        usual = external_key(key, item.name)
+        folder = key.rpartition("/")[0]
+        for target in (usual, f"{folder}/{BIG_FILES_FOLDER}/{item.id}/{item.name}"):
+            self._effect(f"put {target}")
+            try:
+                self._store.put(target, path)
+                return target
+            except ObjectExists:
+                # Ours from before a crash, or another version: the bytes tell.
+                if self._store.etag_if_holds(target, path) is not None:
+                    return target
+        raise ObjectExists(f"{target}: another object has the key of {item.path!r}")
+
+    def _meta(self, item: Item, status: os.stat_result, checksums: Checksums) -> dict[str, Any]:
+        meta: dict[str, Any] = {
+            "mtime": Decimal(status.st_mtime_ns).scaleb(-9).normalize(),
+            "mode": status.st_mode & _PERMISSIONS,
+            **checksums.meta(),
+            "id": item.id,
+        }
+        if self._naming == "assigned":
+            meta["original_name"] = item.path
+        return meta

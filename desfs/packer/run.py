@@ -1,0 +1,65 @@
+"""A packer from its start to its end: spool, store, catalog, signals. Asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+
+from assignment.client import open_embedded
+from desfs.packer.layout import settle_layout
+from desfs.packer.worker import Packer, Summary
+from desfs.settings import PackerSettings
+from desfs.spool import Spool
+from desfs.store import open_store
+
+
+def run_packer(
+    spool_path: str,
+    store_url: str,
+    settings: PackerSettings,
+    *,
+    once: bool,
+    progress: Callable[[Summary, int], None] = lambda summary, waiting: None,
+    effect: Callable[[str], None] = lambda name: None,
+) -> Summary:
+    """Pack a spool into a store: once, or until SIGTERM or SIGINT, which end it after the batch at hand.
+
+    Raises: UsageError; StoreError; AssignmentError; OSError.
+    """
+    spool = Spool(spool_path, settle_s=settings.settle, max_file_size=settings.max_file_size, effect=effect)
+    spool.lock()
+    try:
+        return asyncio.run(_run(spool, store_url, settings, once, progress, effect))
+    finally:
+        spool.unlock()
+
+
+async def _run(
+    spool: Spool,
+    store_url: str,
+    settings: PackerSettings,
+    once: bool,
+    progress: Callable[[Summary, int], None],
+    effect: Callable[[str], None],
+) -> Summary:
+    store = open_store(store_url, settings.s3_options(), deadline_s=settings.deadline, create=True)
+    try:
+        layout = await asyncio.to_thread(settle_layout, store, settings.shard_bits, settings.naming)
+        client = await open_embedded(
+            spool.internal / "catalog.sqlite",
+            shard_bits=layout.shard_bits,
+            timezone=settings.timezone,
+            node_id=settings.node_id,
+        )
+        async with client:
+            if not settings.holder:
+                settings = settings.model_copy(update={"holder": f"{socket.gethostname()}:{spool.root}"})
+            packer = Packer(spool, store, client, layout, settings, effect=effect, progress=progress)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, packer.stop)
+            return await (packer.run_once() if once else packer.run())
+    finally:
+        store.close()

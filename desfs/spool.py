@@ -1,0 +1,436 @@
+"""The spool: which files may be taken from it, and how they are taken without losing or tearing one. Blocking.
+
+    SPOOL/                    any program writes here, with ordinary calls
+    SPOOL/.desfs/lock         held by the packer
+                 catalog.sqlite
+                 emptied.json      folders that the packer has taken files from, to be removed when they are quiet
+                 claims/BATCH/…    files taken, under their paths
+                 journal/BATCH.json
+                 work/             containers being built; worth nothing after a crash
+                 rejected/N/       a file that cannot be stored, and `reason.txt`
+
+A claim is a rename into `claims/`: it is on the same file system, and nobody opens the file there by its path.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import fnmatch
+import os
+import re
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import structlog
+
+from des_format.errors import InvalidEntryName
+from des_format.names import check_writable
+from desfs.errors import DesfsError, UsageError
+
+log = structlog.get_logger(__name__)
+
+INTERNAL = ".desfs"
+TEMPORARY_PATTERNS = ("*.tmp", "*.part")
+_RSYNC_TEMPORARY = re.compile(r"\..+\.[A-Za-z0-9]{6}")  # .NAME.XXXXXX, rsync(1)
+TEMPORARY_WAIT_S = 3600.0  # for the owner of a name that looks temporary to rename it
+
+Effect = Callable[[str], None]
+
+
+class FileChanged(DesfsError):
+    """A claimed file was written to, or is about to be: it goes back."""
+
+
+class Kind(Enum):
+    """What the packer does with something that it finds in the spool."""
+
+    SETTLED = "settled"  # can be taken
+    WAITING = "waiting"  # was touched a moment ago
+    TEMPORARY = "temporary"  # has a name that its owner will change
+    UNSUITABLE = "unsuitable"  # can never be stored
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Something in the spool: its path relative to it, what to do with it, and, where it is unsuitable, why."""
+
+    path: str
+    kind: Kind
+    size: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What tells whether a file is still the one that was looked at."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def is_temporary(path: str, patterns: tuple[str, ...] = TEMPORARY_PATTERNS) -> bool:
+    """True for a file name that its owner will change when the file is whole."""
+    name = path.rpartition("/")[2]
+    return _RSYNC_TEMPORARY.fullmatch(name) is not None or any(fnmatch.fnmatchcase(name, each) for each in patterns)
+
+
+def unsuitable_reason(path: str, status: os.stat_result, max_file_size: int) -> str | None:
+    """Why a path of the spool can never be stored, or None."""
+    kinds = {
+        stat.S_IFLNK: "a symbolic link: links are never followed",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a character device",
+        stat.S_IFBLK: "a block device",
+    }
+    kind = stat.S_IFMT(status.st_mode)
+    if kind in kinds:
+        return kinds[kind]
+    try:
+        check_writable(path)
+    except InvalidEntryName as error:
+        return str(error)
+    if status.st_size > max_file_size:
+        return f"{status.st_size} bytes, more than the {max_file_size} of one object"
+    return None
+
+
+class Spool:
+    """One spool directory. One thread at a time; `lock` keeps other packers out.
+
+    `effect` is called before each change on disk: tests die there.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        settle_s: float = 2.0,
+        max_file_size: int = 5 * 1024**4,
+        clock: Callable[[], float] = time.time,
+        effect: Effect = lambda name: None,
+    ) -> None:
+        """Raises: UsageError for a root that is no directory or cannot be written to."""
+        self.root = Path(os.path.abspath(root))
+        if not self.root.is_dir():
+            raise UsageError(f"spool {root} is no directory")
+        self.internal = self.root / INTERNAL
+        self._settle_s = settle_s
+        self._max_file_size = max_file_size
+        self._clock = clock
+        self._effect = effect
+        self._lock_file: IO[bytes] | None = None
+        # Folders that we changed last: their mtime since, and when somebody else had changed them before.
+        self._own_changes: dict[str, tuple[int, float]] = {}
+        try:
+            for folder in ("claims", "journal", "work", "rejected"):
+                (self.internal / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"spool {root}: {error.strerror}: {error.filename}") from error
+        # A lease that somebody breaks sends SIGIO to its holder, whose default is to end it (fcntl(2)).
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+
+    def lock(self) -> None:
+        """Keep other packers out until this process ends. Raises: UsageError when one is at work."""
+        self._lock_file = open(self.internal / "lock", "ab")  # noqa: SIM115 - held until unlock() or the end
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            raise UsageError(f"spool {self.root}: another packer is at work in it") from None
+
+    def unlock(self) -> None:
+        """Let other packers in."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+
+    def scan(self) -> Iterator[Found]:
+        """All that is in the spool, folder by folder, names ascending. What goes away meanwhile is left out."""
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            below = []
+            for entry in listed:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if path == INTERNAL:
+                    continue
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    below.append(path)
+                else:
+                    yield self._classify(path, status)
+            folders.extend(reversed(below))
+
+    def _classify(self, path: str, status: os.stat_result) -> Found:
+        # ctime: a program can set mtime, and a rename into the spool counts as a touch as well.
+        age = self._clock() - status.st_ctime
+        if age < self._settle_s and age > -self._settle_s:
+            return Found(path, Kind.WAITING, status.st_size)
+        reason = unsuitable_reason(path, status, self._max_file_size)
+        if reason is not None:
+            return Found(path, Kind.UNSUITABLE, status.st_size, reason)
+        if is_temporary(path) and -TEMPORARY_WAIT_S < age < TEMPORARY_WAIT_S:
+            return Found(path, Kind.TEMPORARY, status.st_size)
+        return Found(path, Kind.SETTLED, status.st_size)
+
+    def claim(self, path: str, batch: str) -> bool:
+        """Take a file: False if it went away, is held open by a writer, or somebody is about to write to it.
+
+        Raises: PermissionError for a file that we may not read; OSError.
+        """
+        source = self.root / path
+        try:
+            descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return False  # it was exchanged since the scan: the next one will see what it is
+            if not take_lease(descriptor):
+                return False
+            target = self.claimed(batch, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._effect(f"claim {path}")
+            try:
+                with self._own_change(os.path.dirname(path)):
+                    os.rename(source, target)
+            except FileNotFoundError:
+                return False
+            if lease_is_broken(descriptor):
+                # A writer opened the path before the rename, and waits for us: the file is not ours.
+                self.give_back(batch, path)
+                return False
+            return True
+        finally:
+            os.close(descriptor)
+
+    def claimed(self, batch: str, path: str) -> Path:
+        """Where a claimed file is."""
+        return self.internal / "claims" / batch / path
+
+    def give_back(self, batch: str, path: str) -> bool:
+        """Put a claimed file where it was; False, and it stays claimed, when a newer one has taken its place."""
+        source, target = self.claimed(batch, path), self.root / path
+        self._effect(f"give back {path}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source, target, follow_symlinks=False)  # not rename: it would replace a newer file
+        except (FileExistsError, NotADirectoryError):
+            return False
+        self._effect(f"forget claim {path}")
+        os.unlink(source)
+        return True
+
+    def reject(self, path: str, reason: str, *, batch: str | None = None) -> None:
+        """Put a file aside for good, with the reason beside it."""
+        place = self.internal / "rejected" / f"{time.time_ns():x}"
+        place.mkdir()
+        self._effect(f"write reason {path}")
+        (place / "reason.txt").write_text(f"{path}: {reason}\n", encoding="utf-8", errors="backslashreplace")
+        source = self.claimed(batch, path) if batch is not None else self.root / path
+        self._effect(f"reject {path}")
+        try:
+            with self._own_change(os.path.dirname(path)):
+                os.rename(source, place / source.name if source.name != "reason.txt" else place / "reason.txt.file")
+        except FileNotFoundError:
+            (place / "reason.txt").unlink()
+            place.rmdir()
+            return
+        log.warning("put aside", path=path, reason=reason, rejected=str(place))
+
+    def batches(self) -> list[str]:
+        """The batches that have claims or a journal, oldest first."""
+        claims = {entry.name for entry in os.scandir(self.internal / "claims")}
+        journals = {
+            entry.name.removesuffix(".json")
+            for entry in os.scandir(self.internal / "journal")
+            if entry.name.endswith(".json")
+        }
+        return sorted(claims | journals)
+
+    def claims(self, batch: str) -> list[str]:
+        """The paths of a batch's files, ascending."""
+        root = self.internal / "claims" / batch
+        paths = []
+        for folder, _, names in os.walk(root):
+            below = os.path.relpath(folder, root)
+            paths += [name if below == "." else f"{below}/{name}" for name in names]
+        return sorted(paths)
+
+    def finish(self, batch: str) -> None:
+        """Forget a batch whose files have all left it: its folders, then its journal."""
+        root = self.internal / "claims" / batch
+        for folder, _, names in os.walk(root, topdown=False):
+            if not names:
+                _remove_empty(Path(folder))
+        if not root.exists():
+            self._effect(f"remove journal {batch}")
+            self.journal_path(batch).unlink(missing_ok=True)
+
+    def journal_path(self, batch: str) -> Path:
+        """Where a batch's journal is."""
+        return self.internal / "journal" / f"{batch}.json"
+
+    def write_durably(self, path: Path, content: bytes) -> None:
+        """Replace a file as a whole: after a crash it has the old content or the new one."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            self._effect(f"fsync {path.name}")
+            os.fsync(file.fileno())
+        self._effect(f"rename {path.name}")
+        os.replace(temporary, path)
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._effect(f"fsync folder of {path.name}")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def remove_claimed(self, batch: str, path: str, packed: FileState) -> bool:
+        """Delete a file that is durable in the store; False if it was written to since it was packed: it stays."""
+        source = self.claimed(batch, path)
+        try:
+            if FileState.of(os.lstat(source)) != packed:
+                return False
+        except FileNotFoundError:
+            return True
+        self._effect(f"unlink {path}")
+        os.unlink(source)
+        return True
+
+    def remove_emptied(self, folders: set[str]) -> set[str]:
+        """Remove those of the folders that are empty and quiet, and what that empties above them; the ones that have to
+        be looked at again are returned."""
+        again: set[str] = set()
+        for folder in sorted(folders, key=lambda each: each.count("/"), reverse=True):
+            for each in _with_parents(folder):
+                try:
+                    if os.listdir(self.root / each):
+                        break  # in use; the next file taken from it brings it up again
+                    if not self._is_quiet(each):
+                        again.add(each)
+                        break
+                    self._effect(f"rmdir {each}")
+                    with self._own_change(os.path.dirname(each)):
+                        os.rmdir(self.root / each)
+                    self._own_changes.pop(each, None)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        log.warning("cannot remove an emptied folder", folder=each, error=str(error))
+                    break
+        return again
+
+    def _is_quiet(self, folder: str) -> bool:
+        age = self._clock() - self._changed_by_others(folder)
+        return age >= self._settle_s or age < 0
+
+    def _changed_by_others(self, folder: str) -> float:
+        """When a folder's names were last changed by somebody else; 0 if it is not there."""
+        try:
+            status = os.lstat(self.root / folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return 0.0
+        own = self._own_changes.get(folder)
+        return own[1] if own is not None and own[0] == status.st_mtime_ns else status.st_mtime
+
+    @contextmanager
+    def _own_change(self, folder: str) -> Iterator[None]:
+        """Around a change of ours to a folder: it does not count as a touch."""
+        before = self._changed_by_others(folder)
+        yield
+        with suppress(FileNotFoundError):
+            self._own_changes[folder] = (os.lstat(self.root / folder).st_mtime_ns, before)
+
+    def read_emptied(self) -> set[str]:
+        """The folders that files were taken from, and that are still to be removed."""
+        try:
+            return set(msgspec.json.decode((self.internal / "emptied.json").read_bytes(), type=list[str]))
+        except FileNotFoundError:
+            return set()
+        except msgspec.MsgspecError as error:
+            log.warning("the list of emptied folders is damaged, and is made anew", error=str(error))
+            return set()
+
+    def write_emptied(self, folders: set[str]) -> None:
+        """Remember the folders over a restart; to lose them leaves an empty folder behind, no more."""
+        path = self.internal / "emptied.json"
+        temporary = path.with_name(".emptied.json.tmp")
+        temporary.write_bytes(msgspec.json.encode(sorted(folders)))
+        self._effect("rename emptied.json")
+        os.replace(temporary, path)
+
+    def clear_work(self) -> None:
+        """Throw away what a packer that died was building."""
+        for entry in os.scandir(self.internal / "work"):
+            os.unlink(entry.path)
+
+
+def _with_parents(folder: str) -> Iterator[str]:
+    """A folder's path and those above it, up to the spool's root, which is not among them."""
+    while folder:
+        yield folder
+        folder = folder.rpartition("/")[0]
+
+
+def take_lease(descriptor: int) -> bool:
+    """A read lease on an open file: False when somebody has it open for writing. It goes with the descriptor.
+
+    File systems without leases (NFS, some FUSE) are trusted by the settle time alone.
+    """
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            return False
+        if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM):
+            raise
+    return True
+
+
+def lease_is_broken(descriptor: int) -> bool:
+    """True if a writer has asked for the file since the lease was taken."""
+    # F_GETLEASE gives what the lease will be when the break is done: F_UNLCK while a writer waits (fcntl(2)). Without
+    # a lease it is F_UNLCK as well: FileState tells then.
+    return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) == fcntl.F_UNLCK and _leases_work(descriptor)
+
+
+def _leases_work(descriptor: int) -> bool:
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    return False
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
