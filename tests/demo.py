@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOTS = ("/usr/share", "/usr/include", "/usr/lib/python3", "/usr/lib")
+ROOTS = tuple(map(Path, ("/usr/share", "/usr/include", "/usr/lib")))
 WANTED_FILES = 4_000
 FEWEST_FILES = 3_000
 MAX_FILE = 1024 * 1024  # bytes: small files are what it is about
@@ -42,7 +42,7 @@ def _demonstrate(work: Path, mountpoint: Path) -> int:
         folder.mkdir()
     files, size = _gather(source)
     if files < FEWEST_FILES:
-        print(f"This machine has only {files} small files in {', '.join(ROOTS)}; want {FEWEST_FILES}.")
+        print(f"This machine has only {files} small files in {', '.join(map(str, ROOTS))}; want {FEWEST_FILES}.")
         return 1
     print(f"{files} real files of this machine, {size / 1e6:.0f} MB, go into the spool with cp:")
     _run("cp", "-rp", f"{source}/.", str(spool))
@@ -66,8 +66,8 @@ def _demonstrate(work: Path, mountpoint: Path) -> int:
     puts = re.search(r"with (\d+) PUTs", packed)
     print(
         f"\n{files} files came back with the same bytes, times and modes: {len(containers)} containers,\n"
-        f"{puts[1] if puts else '?'} PUTs to write them, {gets} GETs and {_requests(stats, 'list')} LISTs to list, copy "
-        f"and compare them.\nOne object per file would have taken {files} PUTs and {files} GETs."
+        f"{puts[1] if puts else '?'} PUTs to write them, {gets} GETs and {_requests(stats, 'list')} LISTs to list, "
+        f"copy and compare them.\nOne object per file would have taken {files} PUTs and {files} GETs."
     )
     for path in different:
         print(f"time or mode differs: {path}")
@@ -79,8 +79,9 @@ def _demonstrate(work: Path, mountpoint: Path) -> int:
 def _gather(target: Path) -> tuple[int, int]:
     """Copy small regular files into `target`, with their times and modes; how many, and their bytes."""
     count = size = 0
-    for path, status in _small_files():
-        copied = target / path.relative_to("/usr")
+    for root, path, status in _small_files():
+        below = target if root == ROOTS[0] else target / root.name
+        copied = below / path.relative_to(root)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copied)
         count, size = count + 1, size + status.st_size
@@ -89,7 +90,7 @@ def _gather(target: Path) -> tuple[int, int]:
     return count, size
 
 
-def _small_files() -> Iterator[tuple[Path, os.stat_result]]:
+def _small_files() -> Iterator[tuple[Path, Path, os.stat_result]]:
     for root in ROOTS:
         for folder, folders, names in os.walk(root):
             folders.sort()
@@ -97,7 +98,7 @@ def _small_files() -> Iterator[tuple[Path, os.stat_result]]:
                 path = Path(folder, name)
                 status = path.lstat()
                 if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE and os.access(path, os.R_OK):
-                    yield path, status
+                    yield root, path, status
 
 
 def _run(*command: str) -> str:
