@@ -77,6 +77,7 @@ class DailyShardedDesStore:
         Raises: InvalidMeta, InvalidEntryName (an extension that cannot stand in a name), WriterClosed; OSError.
         """
         with self._lock:
+            data = memoryview(data).cast("B")  # whose length is bytes
             name, shard = self._next(ext)
             offset = shard.writer.data_length
             shard.writer.add_file(name, data, meta)
@@ -190,7 +191,7 @@ class DailyShardedDesStore:
         for shard in self._shards.values():
             try:
                 shard.writer.close()
-            except OSError as error:
+            except (OSError, WriterClosed) as error:
                 failure = failure or error
         self._shards.clear()
         self._open_day = None

@@ -84,8 +84,6 @@ class BaseReader:
         cannot be served; SourceError.
         """
         asked = list(dict.fromkeys(names))
-        if not self._confirmed and any(name not in self._opened.index for name in asked):
-            self._confirm()
         return self._on_current(lambda opened: self._batch(opened, asked, max_gap))
 
     def get_stats(self) -> ContainerStats:
@@ -135,28 +133,48 @@ class BaseReader:
 
     def _confirm(self) -> None:
         """Make sure that an index which came from a cache is that of the version in the store."""
-        if self._confirmed:
-            return
-        try:
-            self._source.read(self._opened.size - FOOTER.size, self._opened.size)
-            self._confirmed = True
-        except ObjectReplaced:
-            self._reload()
+        self._on_current(lambda opened: None)
 
     def _on_current(self, action: Callable[[Opened], T]) -> T:
-        """Run an action that reads; once more if the cached version that it worked on has been replaced meanwhile."""
-        try:
+        """The result of an action on the version that is in the store; it is run again when it worked on a version that
+        came from a cache, and the store has another."""
+        opened = self._opened
+        if self._confirmed:
             return action(self._opened)
+        try:
+            result = action(opened)
         except ObjectReplaced:
-            if self._confirmed:
+            self._reload()
+            if self._opened is opened:
                 raise
-        self._reload()
+        except CorruptEntry:
+            if self._is_current(opened):
+                raise
+        else:
+            if self._is_current(opened):  # also when nothing had to be read: an empty payload may not be empty any more
+                return result
         return action(self._opened)
 
-    def _read(self, start: int, stop: int) -> bytes:
-        data = self._source.read(start, stop)
-        self._confirmed = True
-        return data
+    def _is_current(self, opened: Opened) -> bool:
+        """Whether this is the version in the store; if not, that one has been opened."""
+        if not self._confirmed:
+            try:
+                self._read(opened, opened.size - FOOTER.size, opened.size)
+            except ObjectReplaced:
+                self._reload()
+        return self._opened is opened
+
+    def _read(self, opened: Opened, start: int, stop: int) -> bytes:
+        """A range of the version that `opened` describes. Raises: ObjectReplaced, also when another thread has opened a
+        newer one."""
+        if self._confirmed and self._opened is opened:  # from now on the source's version does not change
+            return self._source.read(start, stop)
+        with self._lock:
+            if self._opened is not opened:
+                raise ObjectReplaced(f"{self._source.key}: version {opened.etag} was replaced by {self._opened.etag}")
+            data = self._source.read(start, stop)
+            self._confirmed = True
+            return data
 
     def _meta(self, opened: Opened, row: int) -> dict[str, Any]:
         index = opened.index
@@ -168,7 +186,7 @@ class BaseReader:
         if length == 0:
             return {}
         if opened.meta is None:
-            raw = self._read(start, start + length)
+            raw = self._read(opened, start, start + length)
         else:
             raw = opened.meta[start - index.footer.meta_start :][:length]
         return decode_meta(raw, int(index.data_length[row]), f"{index.container}: {name!r}")
@@ -188,11 +206,11 @@ class BaseReader:
             if not index.flags[row] & EXTERNAL
         }
         gets = plan_gets(extents.values(), max_gap=max_gap)
-        pieces = [(start, self._read(start, stop)) for start, stop in gets]
+        pieces = [(start, self._read(opened, start, stop)) for start, stop in gets]
         payloads = {}
         for name, row in rows.items():
             if row in extents:
-                payloads[name] = self._verified(index, row, metas[row], cut(pieces, *extents[row]))
+                payloads[name] = self._verified(opened, row, metas[row], cut(pieces, *extents[row]))
             else:
                 payloads[name] = self._external(index, row, metas[row])
         return payloads
@@ -203,12 +221,15 @@ class BaseReader:
         except CorruptMeta:
             return {}  # its bytes are served all the same; get_meta reports the damage
 
-    def _verified(self, index: Index, row: int, meta: dict[str, Any], payload: bytes) -> bytes:
+    def _verified(self, opened: Opened, row: int, meta: dict[str, Any], payload: bytes) -> bytes:
+        index = opened.index
         try:
             verify_payload(meta, payload, index, row)
         except CorruptEntry:
             start = int(index.data_offset[row])
-            payload = self._read(start, start + len(payload))  # once more: the store may hold it, and the way not
+            payload = self._read(
+                opened, start, start + len(payload)
+            )  # once more: the store may hold it, and the way not
             verify_payload(meta, payload, index, row)
         return payload
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import stamina
 
-from des_format.errors import CorruptEntry, NoSuchObject, ObjectReplaced, SourceError
+from des_format.errors import BadAnswer, CorruptEntry, NoSuchObject, ObjectReplaced, SourceError
 from des_format.names import external_keys
 from des_format.s3 import RangeAnswer, foreign_errors, get_range, get_tail, translate
 from des_format.shards import guess_root
@@ -69,6 +69,13 @@ class S3RangeSource:
                 continue
             except ObjectReplaced as error:
                 raise CorruptEntry(f"{self._key}: {name!r}: external object {key} was replaced") from error
+            except BadAnswer as error:
+                if error.temporary:
+                    raise
+                # The range does not lie in the object, which is shorter than the index says.
+                raise CorruptEntry(
+                    f"{self._key}: {name!r}: external object {key}: want {size} bytes: {error}"
+                ) from error
             if answer.size != size:
                 raise CorruptEntry(
                     f"{self._key}: {name!r}: external object {key}: found {answer.size} bytes, want {size}"
