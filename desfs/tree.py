@@ -250,22 +250,29 @@ class DayTree:
 
     def _hide_colliding_files(self) -> list[tuple[Member, int]]:
         """A directory wins over a file of its name. Only the children of folders with files can collide."""
-        collisions = []
-        folders = {path for member in self.members for path in member.folders.paths()}
-        if folders <= {b""}:
+        holders = {path for member in self.members for path in member.folders.paths()}
+        if holders <= {b""}:
             return []
-        for folder in folders:
-            for name in self._folders.children(folder):
-                path = folder + b"/" + name if folder else name
-                wanted = np.uint64(xxhash.xxh3_64_intdigest(path))
-                for member in self.members:
-                    table = member.index.hashes[0]
-                    at = int(table.searchsorted(wanted))
-                    if at < len(table) and table[at] == wanted:
-                        row = member.index.find(path)
-                        if row is not None and self.is_shown(member, row):
-                            self._hidden_rows(member)[row] = True
-                            collisions.append((member, row))
+        hashes = np.array(
+            [
+                xxhash.xxh3_64_intdigest(folder + b"/" + name if folder else name)
+                for folder in holders
+                for name in self._folders.children(folder)
+            ],
+            np.uint64,
+        )
+        if not len(hashes):
+            return []
+        hashes.sort()
+        collisions = []
+        for member in self.members:
+            table, rows = member.index.hashes
+            # Names among directories, not the other way: a day has many containers, each with a few of its names.
+            at = np.minimum(hashes.searchsorted(table), len(hashes) - 1)
+            for row in rows[hashes[at] == table].tolist():
+                if self.is_shown(member, row) and self.is_directory(member.index.name(row)):
+                    self._hidden_rows(member)[row] = True
+                    collisions.append((member, row))
         return collisions
 
 
@@ -273,6 +280,11 @@ def _newest(members: list[Member]) -> Member:
     by_group: dict[str, Member] = {}
     for member in members:
         other = by_group.get(member.name.group)
-        if other is None or member.name.order > other.name.order:
+        # `3f-1.des` and `3f-000001.des` are one generation: then the newer object counts, as between shards.
+        if other is None or (member.name.order, *_age(member)) > (other.name.order, *_age(other)):
             by_group[member.name.group] = member
-    return max(by_group.values(), key=lambda member: (member.mtime_ns, member.key))
+    return max(by_group.values(), key=_age)
+
+
+def _age(member: Member) -> tuple[int, str]:
+    return member.mtime_ns, member.key
