@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
 
 import structlog
 import trio
 
+from des_format.errors import DesFormatError
 from des_format.meta import NO_MODE, NO_TIME
+from des_format.shards import CONTAINER_SUFFIX
 from desfs import metrics
 from desfs.control import CONTROL_NAME, ControlDirectory
 from desfs.errors import (
@@ -45,6 +47,8 @@ from desfs.views import Changes, DayView, File, Views
 from desfs.xattrs import Xattrs
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 _FOREVER_S = 86400.0  # containers are immutable: the kernel may keep what it knows of their files
 _DEFAULT_FILE_MODE = 0o644
@@ -88,7 +92,7 @@ class FileSystem:
         self.settings = settings
         self.problems = Problems()
         self.threads = StoreThreads(store)
-        self.views = Views(self.threads, self.problems, strict=settings.strict)
+        self.views = Views(self.threads, self.problems, strict=settings.strict, on_change=self._forget)
         self.fetcher = Fetcher(self.threads, self.problems, settings.memory)
         self._xattrs = Xattrs(self.threads, self.fetcher)
         self._control = ControlDirectory(self.render_control)
@@ -111,16 +115,13 @@ class FileSystem:
 
     async def refresh(self) -> None:
         """List again what is due, and make the kernel forget what has changed. A failure keeps the old view."""
-        try:
-            if await self.views.refresh_root() and self._kernel is not None:
-                self._kernel.forget_attributes(ROOT)
-            now = trio.current_time()
-            for day in self.views.known_days():
-                # Half an interval of grace: a day listed just after the last round is not left for one more.
-                if day.due(now + self.settings.refresh / 2, self.settings.refresh):
-                    await self._refresh_day(day)
-        except DesfsError as error:
-            log.warning("refresh failed, the last view stays", error=str(error))
+        if await self._refreshed(self.views.refresh_root) and self._kernel is not None:
+            self._kernel.forget_attributes(ROOT)
+        now = trio.current_time()
+        for day in self.views.known_days():
+            # Half an interval of grace: a day listed just after the last round is not left for one more.
+            if day.due(now + self.settings.refresh / 2, self.settings.refresh):
+                await self._refreshed(day.refresh)
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
         """The entry `name` of a directory. Raises: NoSuchPath, NotADirectory; StoreError."""
@@ -157,9 +158,12 @@ class FileSystem:
         """
         if inode == ROOT:
             days = []
-            for place, name in enumerate((await self.views.root_names())[after:], after + 1):
+            for name in await self.views.root_names():
+                entry = self.views.names.get(name)
+                if entry is None or entry.ordinal <= after:
+                    continue
                 try:
-                    days.append((place, await self.views.day(name, self.settings.refresh)))
+                    days.append((entry.ordinal, await self.views.day(name, self.settings.refresh)))
                 except NoSuchPath:
                     continue  # it went meanwhile
             return (DirectoryEntry(day.name.encode(), self._day_attributes(day), place) for place, day in days)
@@ -190,17 +194,14 @@ class FileSystem:
         if is_directory_inode(inode) or inode == ROOT:
             raise IsADirectory(f"inode {inode:#x} is a directory")
         container, row = self._file(inode)
-        try:
-            return await self.fetcher.read(container, row, offset, size)
-        except (ObjectReplaced, NoSuchObject) as error:
-            await self._refresh_owner(container)
-            raise StaleInode(str(error)) from error
+        return await self._current(container, self.fetcher.read(container, row, offset, size))
 
     async def xattr(self, inode: int, name: bytes) -> bytes:
         """An extended attribute. Raises: NoSuchAttribute; StaleInode; StoreError."""
         if not Xattrs.is_ours(name) or self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
             raise NoSuchAttribute(name.decode("utf-8", "backslashreplace"))
-        values = await self._xattrs.of(*self._file(inode))
+        container, row = self._file(inode)
+        values = await self._current(container, self._xattrs.of(container, row))
         if name not in values:
             raise NoSuchAttribute(name.decode())
         return values[name]
@@ -209,7 +210,8 @@ class FileSystem:
         """The names of a file's extended attributes; directories have none. Raises: StaleInode; StoreError."""
         if self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
             return []
-        return list(await self._xattrs.of(*self._file(inode)))
+        container, row = self._file(inode)
+        return list(await self._current(container, self._xattrs.of(container, row)))
 
     def totals(self) -> tuple[int, int]:
         """(bytes, files) of the containers that are open: what statfs shows."""
@@ -262,6 +264,9 @@ class FileSystem:
             if is_directory_inode(inode):
                 raise StaleInode(f"directory {inode:#x} is not known any more")
             raise NotADirectory(f"inode {inode:#x} is no directory")
+        if not self.views.is_current(found[0]):
+            del self._directories[inode]
+            raise StaleInode(f"{found[0].name} is not there any more")
         return found
 
     def _file(self, inode: int) -> File:
@@ -296,26 +301,36 @@ class FileSystem:
     def _control_attributes(self, inode: InodeNumber) -> Attributes:
         if inode == CONTROL_DIRECTORY:
             return Attributes(inode, self._directory_mode, 0, time.time_ns(), 0.0)
-        # No timeout and a new mtime each time: the kernel then drops the pages that it kept (AUTO_INVAL_DATA).
-        return Attributes(inode, stat.S_IFREG | 0o444, len(self._control.render(inode)), time.time_ns(), 0.0)
+        # No timeout, and a new mtime with each content: the kernel then drops the pages that it kept (AUTO_INVAL_DATA).
+        control = self._control
+        return Attributes(inode, stat.S_IFREG | 0o444, control.size(inode), control.changed_ns(inode), 0.0)
 
-    async def _refresh_owner(self, container: OpenContainer) -> None:
-        folder = container.info.key.rpartition("/")[0]
-        for day in self.views.known_days():
-            if day.name in (folder, container.info.key.removesuffix(".des")):
-                try:
-                    await self._refresh_day(day)
-                except DesfsError as error:
-                    log.warning("refresh failed, the last view stays", day=day.name, error=str(error))
+    async def _current(self, container: OpenContainer, call: Awaitable[T]) -> T:
+        """The result of a call that reads a container. Raises: StaleInode when it was replaced or removed; its day is
+        listed again then."""
+        try:
+            return await call
+        except (ObjectReplaced, NoSuchObject) as error:
+            folder = container.info.key.rpartition("/")[0]
+            for day in self.views.known_days():
+                if day.name in (folder, container.info.key.removesuffix(CONTAINER_SUFFIX)):
+                    await self._refreshed(day.refresh)
+            raise StaleInode(str(error)) from error
 
-    async def _refresh_day(self, day: DayView) -> None:
-        changes = await day.refresh()
-        if changes is not None and self._kernel is not None:
-            self._forget(self._kernel, changes)
+    async def _refreshed(self, refresh: Callable[[], Awaitable[T]]) -> T | None:
+        """What a refresh gives; None if it fails, and nothing of the mount ends with it."""
+        try:
+            return await refresh()
+        except (DesfsError, DesFormatError) as error:
+            log.warning("refresh failed, the last view stays", error=str(error))
+        except Exception:
+            log.exception("unexpected error in a refresh, the last view stays")
+        return None
 
-    @staticmethod
-    def _forget(kernel: KernelCache, changes: Changes) -> None:
-        kernel.forget_attributes(directory_inode(changes.day))
+    def _forget(self, changes: Changes) -> None:
+        if self._kernel is None:
+            return
+        self._kernel.forget_attributes(directory_inode(changes.day))
         for path in changes.paths:
             folder, _, name = path.rpartition(b"/")
-            kernel.forget_entry(directory_inode(changes.day + b"/" + folder if folder else changes.day), name)
+            self._kernel.forget_entry(directory_inode(changes.day + b"/" + folder if folder else changes.day), name)

@@ -23,6 +23,7 @@ class Problems:
 
     def report(self, about: str, what: str) -> None:
         """Note a problem of `about` (a container's key, a day)."""
+        about = _text(about)
         with self._lock:
             if (about, what) in self._lines:
                 return
@@ -35,6 +36,7 @@ class Problems:
 
     def clear(self, about: str) -> None:
         """Forget what was noted of a thing that is not there any more."""
+        about = _text(about)
         with self._lock:
             self._lines = {line: None for line in self._lines if line[0] != about}
 
@@ -45,3 +47,8 @@ class Problems:
             if self._dropped:
                 lines.append(f"and {self._dropped} more that were not kept")
             return lines
+
+
+def _text(about: str) -> str:
+    """Keys that are not UTF-8 cannot go into a log as they are."""
+    return about.encode("utf-8", "backslashreplace").decode()

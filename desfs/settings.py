@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from des_format.layout import BIG_FILE_THRESHOLD
 from desfs.store.base import S3Options
 
+_NO_ID = 2**32 - 1  # -1 as the kernel's 32-bit ids have it: nobody's
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
@@ -49,7 +50,7 @@ class StoreSettings(BaseSettings):
     addressing_style: Literal["auto", "virtual", "path"] | None = None
     no_sign_request: bool = False
     ca_bundle: str | None = None
-    deadline: float = Field(default=60.0, gt=0)
+    deadline: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     log_file: str | None = None
@@ -71,11 +72,11 @@ class MountSettings(StoreSettings):
 
     allow_other: bool = False
     noexec: bool = False
-    uid: int = Field(default_factory=os.getuid, ge=0)
-    gid: int = Field(default_factory=os.getgid, ge=0)
+    uid: int = Field(default_factory=os.getuid, ge=0, lt=_NO_ID)
+    gid: int = Field(default_factory=os.getgid, ge=0, lt=_NO_ID)
     umask: Octal = 0
     memory: Size = 256 * 1024 * 1024
-    refresh: float = Field(default=10.0, gt=0)
+    refresh: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     strict: bool = False
     fsname: str | None = None
 

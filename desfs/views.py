@@ -19,6 +19,7 @@ import structlog
 import trio
 
 from des_format.errors import DesFormatError, NotAContainer
+from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import name_problem
 from des_format.shards import (
     CONTAINER_SUFFIX,
@@ -79,11 +80,10 @@ class Candidate:
 
 
 class Changes(NamedTuple):
-    """What the kernel has to forget after a refresh of a day: names below it, and whether directories have grown."""
+    """What the kernel has to forget when a day has changed: its attributes, and these names below it."""
 
     day: bytes
     paths: list[bytes]
-    grown: bool
 
 
 class DayView:
@@ -155,19 +155,18 @@ class DayView:
         if self._complete is None:
             async with self._lock:
                 if self._complete is None:
-                    await self._open_all(lambda candidate: True)
+                    await self._open_listed(lambda candidate: True)
                     self._complete = await self._build(self._open.values())
                     self._groups.clear()
                     self._report_collisions(self._complete)
         self._check_strict()
         return self._complete
 
-    async def refresh(self) -> Changes | None:
-        """List again; None if nothing has changed. Raises: StoreError, and the old view stays."""
-        if self._listed_at is None:
-            return None
-        async with self._lock:
-            return await self._refresh_locked()
+    async def refresh(self) -> None:
+        """List again, and show what is new. Raises: StoreError, and the old view stays."""
+        if self._listed_at is not None:
+            async with self._lock:
+                await self._refresh_locked()
 
     def close(self) -> list[OpenContainer]:
         """Give up the view; the containers that it had open."""
@@ -204,8 +203,17 @@ class DayView:
         if entry is not None and entry.has_object:
             listing = await self._views.threads.run(store.list, self.name + CONTAINER_SUFFIX)
             found += [info for info in listing.objects if info.key == self.name + CONTAINER_SUFFIX]
-        named = [(info, parse_container_name(info.key.rpartition("/")[2])) for info in found]
-        return [(info, name) for info, name in named if name is not None]
+        named: list[tuple[ObjectInfo, ContainerKey]] = []
+        for info in found:
+            name = parse_container_name(info.key.rpartition("/")[2])
+            if name is None:
+                continue
+            problem = name_problem(info.key.encode("utf-8", "surrogateescape"))
+            if problem is None:
+                named.append((info, name))
+            else:
+                self._views.problems.report(info.key, problem)
+        return named
 
     def _take(self, found: list[tuple[ObjectInfo, ContainerKey]]) -> None:
         """Make a listing the current one. Ordinals of containers that stay do not change."""
@@ -217,8 +225,6 @@ class DayView:
             else:
                 self._ordinals += 1
                 candidates[info.key] = Candidate(info, name, self._ordinals)
-        for key in self._refused.keys() - candidates.keys():
-            self._views.problems.clear(key)
         self._refused = {
             key: etag for key, etag in self._refused.items() if key in candidates and candidates[key].info.etag == etag
         }
@@ -231,34 +237,38 @@ class DayView:
             if group not in self._groups:
                 if self._complete is not None:
                     return self._complete
-                await self._open_all(lambda candidate: candidate.name.group == group)
+                await self._open_listed(lambda candidate: candidate.name.group == group)
                 self._groups[group] = await self._build(
                     pair for pair in self._open.values() if pair[1].name.group == group
                 )
             return self._groups[group]
 
-    async def _open_all(self, wanted: Callable[[Candidate], bool]) -> None:
-        """Open the wanted containers that are not open yet, in parallel. One that was replaced or removed since the
-        listing makes a new listing; one that is no container is refused and reported."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            missing = [
-                candidate
-                for key, candidate in self._candidates.items()
-                if wanted(candidate) and key not in self._open and key not in self._refused
-            ]
-            changed: list[str] = []
-            try:
-                async with trio.open_nursery() as nursery:
-                    for candidate in missing:
-                        nursery.start_soon(self._open_one, candidate, changed)
-            except ExceptionGroup as group:
-                raise first_of(group) from None
-            if not changed:
+    async def _open_listed(self, wanted: Callable[[Candidate], bool]) -> None:
+        """Open the wanted containers that are not open yet. One that was replaced or removed since the listing makes a
+        refresh: what other trees show of it has changed as well."""
+        for _ in range(_ATTEMPTS):
+            changed = await self._open_all(wanted)
+            if changed is None:
                 return
-            if attempt < _ATTEMPTS:
-                self._take(await self._list())
-                self._retire_gone()
-        raise StoreError(f"{self.name}: {changed[0]} changed {_ATTEMPTS} times while it was opened")
+            await self._refresh_locked()
+        raise StoreError(f"{self.name}: {changed} changed {_ATTEMPTS} times while it was opened")
+
+    async def _open_all(self, wanted: Callable[[Candidate], bool]) -> str | None:
+        """Open the wanted containers that are not open yet, in parallel; one that is no container is refused and
+        reported. The key of one that was replaced or removed since the listing, or None."""
+        missing = [
+            candidate
+            for key, candidate in self._candidates.items()
+            if wanted(candidate) and key not in self._open and key not in self._refused
+        ]
+        changed: list[str] = []
+        try:
+            async with trio.open_nursery() as nursery:
+                for candidate in missing:
+                    nursery.start_soon(self._open_one, candidate, changed)
+        except ExceptionGroup as group:
+            raise first_of(group) from None
+        return min(changed, default=None)
 
     async def _open_one(self, candidate: Candidate, changed: list[str]) -> None:
         info = candidate.info
@@ -266,6 +276,7 @@ class DayView:
             loaded = await self._views.threads.run(load_container, self._views.threads.store, info)
         except NotAContainer as error:
             self._refused[info.key] = info.etag
+            self._views.problems.clear(info.key)  # of the version before
             self._views.problems.report(info.key, str(error))
             return
         except (NoSuchObject, ObjectReplaced):
@@ -273,9 +284,14 @@ class DayView:
             return
         metrics.CONTAINERS_OPENED.inc()
         container = self._views.slots.add(info.key, info.etag, partial(OpenContainer, loaded))
-        member = await trio.to_thread.run_sync(
-            Member, candidate.ordinal, container.slot, loaded.index, info.key, candidate.name, info.mtime_ns
-        )
+        try:
+            member = await trio.to_thread.run_sync(
+                Member, candidate.ordinal, container.slot, loaded.index, info.key, candidate.name, info.mtime_ns
+            )
+        except BaseException:
+            self._views.slots.remove(container.slot)
+            raise
+        self._views.problems.clear(info.key)
         for problem in loaded.problems:
             self._views.problems.report(info.key, problem)
         self._open[info.key] = (container, member)
@@ -288,37 +304,46 @@ class DayView:
             name = member.index.entry(row).name
             self._views.problems.report(member.key, f"file {name!r} is hidden by a directory of that name")
 
-    async def _refresh_locked(self) -> Changes | None:
-        before = self._candidates
-        old_open = dict(self._open)
+    async def _refresh_locked(self) -> None:
+        before, old_open, old_refused = self._candidates, dict(self._open), self._refused
         old_trees = [self._complete] if self._complete is not None else list(self._groups.values())
         groups = None if self._complete is not None else set(self._groups)
-        self._take(await self._list())
-        if self._candidates == before:
-            return None
-        self._retire_gone()
         try:
-            await self._open_all(lambda candidate: groups is None or candidate.name.group in groups)
+            changed: str | None = None
+            for _ in range(_ATTEMPTS):
+                self._take(await self._list())
+                if self._candidates == before:
+                    return
+                self._retire_gone()
+                changed = await self._open_all(lambda candidate: groups is None or candidate.name.group in groups)
+                if changed is None:
+                    break
+            else:
+                raise StoreError(f"{self.name}: {changed} changed {_ATTEMPTS} times while it was opened")
+            trees = {
+                group: await self._build(
+                    pair for pair in self._open.values() if group is None or pair[1].name.group == group
+                )
+                for group in ([None] if groups is None else groups)
+            }
         except BaseException:
             # The new listing cannot be shown yet: keep the old view whole, and try again at the next refresh.
-            old_slots = {container.slot for container, _ in old_open.values()}
-            self._views.retire(container for container, _ in self._open.values() if container.slot not in old_slots)
-            self._candidates, self._open = before, old_open
+            for container, _ in self._open.values():
+                if container.info.key not in old_open or old_open[container.info.key][0] is not container:
+                    self._views.slots.remove(container.slot)  # nobody has seen it
+            self._candidates, self._open, self._refused = before, old_open, old_refused
             raise
         if groups is None:
-            self._complete = await self._build(self._open.values())
-            self._report_collisions(self._complete)
-            new_trees = [self._complete]
+            self._complete = trees[None]
+            self._report_collisions(trees[None])
         else:
-            self._groups = {
-                group: await self._build(pair for pair in self._open.values() if pair[1].name.group == group)
-                for group in groups
-            }
-            new_trees = list(self._groups.values())
+            self._groups = {group: tree for group, tree in trees.items() if group is not None}
         kept = {container.slot for container, _ in self._open.values()}
         self._views.retire(container for container, _ in old_open.values() if container.slot not in kept)
-        paths = await trio.to_thread.run_sync(_changed_paths, old_trees, new_trees)
-        return Changes(self.name.encode(), paths, grown=True)
+        for key in before.keys() - self._candidates.keys():
+            self._views.problems.clear(key)
+        paths = await trio.to_thread.run_sync(_changed_paths, old_trees, list(trees.values()))
+        self._views.on_change(Changes(self.name.encode(), paths))
 
     def _retire_gone(self) -> None:
         """Close what the current listing does not have in this version."""
@@ -365,8 +390,10 @@ def _shows(trees: list[DayTree], path: bytes) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class RootEntry:
-    """What the root listing has of a name: a folder, a container, or both."""
+    """What the root listing has of a name: a folder, a container, or both. `ordinal` numbers the names in the order in
+    which they were first seen, from 1: positions in the root directory."""
 
+    ordinal: int
     has_prefix: bool
     has_object: bool
 
@@ -381,7 +408,10 @@ class Views:
         *,
         strict: bool = False,
         now: Callable[[], float] = time.time,
+        on_change: Callable[[Changes], None] = lambda changes: None,
     ) -> None:
+        """`on_change` is told of every change of what a day has shown."""
+        self.on_change = on_change
         self.threads = threads
         self.problems = problems
         self.strict = strict
@@ -394,6 +424,7 @@ class Views:
         self._holds_containers: dict[str, bool] = {}  # of folders that are no days
         self._retired: list[tuple[float, OpenContainer]] = []
         self._root_lock = trio.Lock()
+        self._root_ordinals: dict[str, int] = {}
         self._root_listed_at = 0.0
 
     async def start(self) -> None:
@@ -404,7 +435,7 @@ class Views:
         """List the root again; True if a name came or went."""
         async with self._root_lock:
             listing = await self.threads.run(self.threads.store.list, "", delimiter=True)
-            prefixes = {prefix.rstrip("/") for prefix in listing.prefixes}
+            prefixes = {prefix.rstrip("/") for prefix in listing.prefixes} - {BIG_FILES_FOLDER}
             objects = {
                 info.key.removesuffix(CONTAINER_SUFFIX)
                 for info in listing.objects
@@ -414,7 +445,8 @@ class Views:
             for name in sorted(prefixes | objects):
                 problem = name_problem(name.encode("utf-8", "surrogateescape"))
                 if problem is None and name != ".desfs":
-                    names[name] = RootEntry(name in prefixes, name in objects)
+                    ordinal = self._root_ordinals.setdefault(name, len(self._root_ordinals) + 1)
+                    names[name] = RootEntry(ordinal, name in prefixes, name in objects)
                 elif name in objects:
                     self.problems.report(
                         name + CONTAINER_SUFFIX, problem or "the name is that of the control directory"
@@ -427,11 +459,11 @@ class Views:
                 self.root_mtime_ns = int(self.now() * 1e9)
             for name in self._days.keys() - names.keys():
                 self.retire(self._days.pop(name).close())
-            self.names = names
+            self.names = dict(sorted(names.items(), key=lambda item: item[1].ordinal))
             return changed
 
     async def root_names(self) -> list[str]:
-        """The directories of the root, ascending. A folder that is no day counts if a container stands in it."""
+        """The directories of the root, by ordinal. A folder that is no day counts if a container stands in it."""
         folders = [name for name in self.names if not self._is_shown_cheaply(name)]
         try:
             async with trio.open_nursery() as nursery:
@@ -451,6 +483,10 @@ class Views:
         if view is None:
             view = self._days[name] = DayView(self, name)
         return view
+
+    def is_current(self, view: DayView) -> bool:
+        """False for a view whose name has left the root."""
+        return self._days.get(view.name) is view
 
     def known_days(self) -> list[DayView]:
         """The days that somebody has looked at."""

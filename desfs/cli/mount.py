@@ -67,8 +67,9 @@ def _prepare(parsed: argparse.Namespace) -> tuple[Callable[[bool, Callable[[], N
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"mount option {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if settings.log_file is not None:
-        settings = settings.model_copy(update={"log_file": os.path.abspath(settings.log_file)})
+    # The daemon's directory is the root: what is relative to ours has to be said in full.
+    paths = {"log_file": settings.log_file, "ca_bundle": settings.ca_bundle}
+    settings = settings.model_copy(update={name: path and os.path.abspath(path) for name, path in paths.items()})
     source = parsed.source
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source):
         source = os.path.abspath(source)
