@@ -99,6 +99,7 @@ class Packer:
         self._floors: dict[date, dict[str, int]] = {}
         self._emptied: set[str] = set()
         self._stop = asyncio.Event()
+        self._journal_lock = asyncio.Lock()
         self._oldest_settled: float | None = None
 
     def stop(self) -> None:
@@ -271,7 +272,7 @@ class Packer:
             if lease.previous_token != container.token:
                 return False
             container.token = lease.token
-            await asyncio.to_thread(self._write_journal, batch, journal)
+            await self._write_journal(batch, journal)
         await self._commit(lease, _record(container, len(container.files), info.size, info.etag))
         self._count([file.size for file in container.files.values()])
         return True
@@ -323,7 +324,7 @@ class Packer:
             key = f"{plan.day.isoformat()}/{part_name(plan.shard, generation)}"
             plans.append((plan, JournalContainer(key, plan.day, plan.shard, generation, lease.token, files)))
         journal = Journal(VERSION, [container for _, container in plans])
-        await asyncio.to_thread(self._write_journal, batch, journal)
+        await self._write_journal(batch, journal)
         limit = asyncio.Semaphore(_PARALLEL)
         failures = await asyncio.gather(
             *(self._publish_container(batch, journal, plan, container, leases, limit) for plan, container in plans),
@@ -344,6 +345,10 @@ class Packer:
     ) -> None:
         async with limit:
             built = await asyncio.to_thread(self._builder.build, batch, plan, container.key)
+            if built.changed or built.unreadable:
+                # A restart deletes what the journal says is in a committed container: it must not say too much.
+                container.files = {item.path: container.files[item.path] for item in built.items}
+                await self._write_journal(batch, journal)
             if built.path is not None:
                 size = built.path.stat().st_size
                 etag = await self._put(batch, journal, container, built, leases)
@@ -367,7 +372,7 @@ class Packer:
                 lease = await leases.of(container.day, container.shard)
                 container.generation = await self._next_generation(lease)
                 container.key = f"{container.day.isoformat()}/{part_name(container.shard, container.generation)}"
-                await asyncio.to_thread(self._write_journal, batch, journal)
+                await self._write_journal(batch, journal)
 
     async def _commit(self, lease: Lease, record: ContainerRecord) -> None:
         self._effect(f"commit {record.object_key}")
@@ -390,8 +395,9 @@ class Packer:
         at_least = max(floors.get(hex_group(lease.shard), 0) + 1, 1)
         return await self._client.next_generation(lease, at_least=at_least)
 
-    def _write_journal(self, batch: str, journal: Journal) -> None:
-        self._spool.write_durably(self._spool.journal_path(batch), journal.encode())
+    async def _write_journal(self, batch: str, journal: Journal) -> None:
+        async with self._journal_lock:  # the containers of a batch are published side by side
+            await asyncio.to_thread(self._spool.write_durably, self._spool.journal_path(batch), journal.encode())
 
     def _after_commit(self, batch: str, built: Built) -> None:
         for item in built.items:
@@ -413,7 +419,7 @@ class Packer:
 
     def _give_back(self, batch: str, path: str) -> None:
         if not self._spool.give_back(batch, path):
-            self._fail(f"{path}: changed while it was packed, and a newer file has its place: it is packed next")
+            log.info("changed while it was packed, and a newer file has its place: it is packed next", path=path)
 
     async def _remove_emptied(self, *, wait: bool) -> None:
         self._emptied.discard("")
