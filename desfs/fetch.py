@@ -20,6 +20,7 @@ from des_format.layout import EXTERNAL
 from des_format.plan import plan_gets
 from desfs import metrics
 from desfs.container import LoadedContainer, read_external
+from desfs.errors import DeadlineExceeded
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo, Store
 from desfs.window import neighbourhood
@@ -53,14 +54,19 @@ class StoreThreads:
     """Runs the blocking store in threads of its own limit. A cancelled call goes on in its thread: a GET's answer is
     thrown away."""
 
-    def __init__(self, store: Store, limit: int = STORE_THREADS) -> None:
+    def __init__(self, store: Store, deadline_s: float, limit: int = STORE_THREADS) -> None:
         self.store = store
+        # The store ends its tries by the deadline, and a try by its time-outs. A server that sends a byte now and then
+        # escapes both: twice the deadline ends any call.
+        self._limit_s = 2 * deadline_s
         self._limiter = trio.CapacityLimiter(limit)
 
     async def run(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Call a blocking function in a thread."""
+        """Call a blocking function in a thread. Raises: DeadlineExceeded; what the function raises."""
         call = partial(function, *arguments, **options)
-        return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+        with trio.move_on_after(self._limit_s):
+            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+        raise DeadlineExceeded(f"{self.store.url}: no answer within {self._limit_s:g} s")
 
 
 class ByteBudget:

@@ -91,7 +91,7 @@ class FileSystem:
     def __init__(self, store: Store, settings: MountSettings) -> None:
         self.settings = settings
         self.problems = Problems()
-        self.threads = StoreThreads(store)
+        self.threads = StoreThreads(store, settings.deadline)
         self.views = Views(self.threads, self.problems, strict=settings.strict, on_change=self._forget)
         self.fetcher = Fetcher(self.threads, self.problems, settings.memory)
         self._xattrs = Xattrs(self.threads, self.fetcher)
