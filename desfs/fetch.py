@@ -54,7 +54,7 @@ class StoreThreads:
     """Runs the blocking store in threads of its own limit. A cancelled call goes on in its thread: a GET's answer is
     thrown away."""
 
-    def __init__(self, store: Store, deadline_s: float, limit: int = STORE_THREADS) -> None:
+    def __init__(self, store: Store, deadline_s: float = 60.0, limit: int = STORE_THREADS) -> None:
         self.store = store
         # The store ends its tries by the deadline, and a try by its time-outs. A server that sends a byte now and then
         # escapes both: twice the deadline ends any call.
