@@ -6,6 +6,7 @@ tampered or foreign value is a miss, and so is a cache that fails. Keys hold the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -66,13 +67,21 @@ def unseal(key: CacheKey, sealed: bytes) -> bytes | None:
     magic, checksum, name_length = _SEAL.unpack_from(sealed)
     body = sealed[_SEAL.size :]
     name = "\0".join(key).encode("utf-8", "surrogatepass")
-    if magic != _MAGIC or body[:name_length] != name or google_crc32c.value(body) != checksum:
+    if (
+        magic != _MAGIC
+        or name_length != len(name)
+        or body[:name_length] != name
+        or google_crc32c.value(body) != checksum
+    ):
         return None
     return body[name_length:]
 
 
+_ENTRY_OVERHEAD = 500  # bytes: what Python needs for a key of three strings and its place in a dict, measured
+
+
 class InMemoryIndexCache:
-    """Keeps up to `max_bytes` in this process, least recently used first to go."""
+    """Keeps up to `max_bytes`, keys included, in this process, least recently used first to go."""
 
     def __init__(self, max_bytes: int = 256 * 1024 * 1024) -> None:
         self._max_bytes = max_bytes
@@ -89,11 +98,19 @@ class InMemoryIndexCache:
 
     def put(self, key: CacheKey, value: bytes) -> None:
         with self._lock:
-            self._bytes += len(value) - len(self._values.pop(key, b""))
+            older = self._values.pop(key, None)
+            if older is not None:
+                self._bytes -= self._cost(key, older)
+            if self._cost(key, value) > self._max_bytes:
+                return
             self._values[key] = value
+            self._bytes += self._cost(key, value)
             while self._bytes > self._max_bytes:
-                _, dropped = self._values.popitem(last=False)
-                self._bytes -= len(dropped)
+                self._bytes -= self._cost(*self._values.popitem(last=False))
+
+    @staticmethod
+    def _cost(key: CacheKey, value: bytes) -> int:
+        return len(value) + sum(map(len, key)) + _ENTRY_OVERHEAD
 
 
 class DiskIndexCache:
@@ -109,14 +126,16 @@ class DiskIndexCache:
         path = self._path(key)
         try:
             sealed = path.read_bytes()
-            os.utime(path)  # the time of use: what eviction goes by
         except FileNotFoundError:
             return None
         except OSError as error:
             log.warning("index cache %s: cannot read: %s", self._folder, error)
             return None
         value = unseal(key, sealed)
-        if value is None:
+        if value is not None:
+            with contextlib.suppress(OSError):  # evicted meanwhile, or a disk that can only be read
+                os.utime(path)  # the time of use: what eviction goes by
+        else:
             log.warning("index cache %s: %s is damaged and is dropped", self._folder, path.name)
             self._drop(path)
         return value

@@ -63,7 +63,7 @@ def test_a_stream_gives_the_same_bytes_as_memory(tmp_path: Path) -> None:
     with DesWriter(tmp_path / "memory.des") as memory, DesWriter(tmp_path / "stream.des") as stream:
         for name, payload in payloads.items():
             memory.add_file(name, payload, {"k": name})
-            stream.add_stream(name, io.BytesIO(payload), len(payload), lambda name=name: {"k": name})
+            stream.add_stream(name, io.BytesIO(payload), len(payload), {"k": name})
     assert (tmp_path / "memory.des").read_bytes() == (tmp_path / "stream.des").read_bytes()
 
 
@@ -165,12 +165,13 @@ def test_a_name_that_cannot_be_written_is_refused_with_the_reason_and_the_rest_g
 ) -> None:
     with DesWriter(path) as writer:
         writer.add_file("before", b"1")
-        for refused in (
+        calls: list[Callable[[], None]] = [
             lambda: writer.add_file(name, b"x"),
             lambda: writer.add_file(name, b"x", force_external=True),
             lambda: writer.add_stream(name, io.BytesIO(b"x"), 1),
             lambda: writer.add_external(name, 1),
-        ):
+        ]
+        for refused in calls:
             with pytest.raises(InvalidEntryName) as error:
                 refused()
             assert reason in str(error.value)
