@@ -10,13 +10,18 @@
                  rejected/N/       a file that cannot be stored, and `reason.txt`
 
 A claim is a rename into `claims/`: it is on the same file system, and nobody opens the file there by its path.
+
+Folders outside of `.desfs` are opened component by component, and no symbolic link is followed on the way: who may
+write to the spool cannot lead the packer out of it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import fnmatch
+import json
 import os
 import re
 import signal
@@ -29,11 +34,10 @@ from enum import Enum
 from pathlib import Path
 from typing import IO
 
-import msgspec
 import structlog
 
 from des_format.errors import InvalidEntryName
-from des_format.names import check_writable
+from des_format.names import MAX_PATH, check_writable
 from desfs.errors import DesfsError, UsageError
 
 log = structlog.get_logger(__name__)
@@ -42,6 +46,15 @@ INTERNAL = ".desfs"
 TEMPORARY_PATTERNS = ("*.tmp", "*.part")
 _RSYNC_TEMPORARY = re.compile(r"\..+\.[A-Za-z0-9]{6}")  # .NAME.XXXXXX, rsync(1)
 TEMPORARY_WAIT_S = 3600.0  # for the owner of a name that looks temporary to rename it
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# A claim's folder is .desfs/claims/BATCH/: see `journal.new_batch_name`.
+_CLAIM_PREFIX = len("/.desfs/claims//") + 32
+# What the opening of a path says that is not what the scan has seen any more: gone, or something else.
+_EXCHANGED = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST, errno.EISDIR}
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1  # renameat2(2)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 Effect = Callable[[str], None]
 
@@ -129,12 +142,14 @@ class Spool:
         if not self.root.is_dir():
             raise UsageError(f"spool {root} is no directory")
         self.internal = self.root / INTERNAL
+        # Claims are reached by their whole path, which the kernel takes up to MAX_PATH.
+        self._max_path = MAX_PATH - len(os.fsencode(self.root)) - _CLAIM_PREFIX
         self._settle_s = settle_s
         self._max_file_size = max_file_size
         self._clock = clock
         self._effect = effect
         self._lock_file: IO[bytes] | None = None
-        # Folders that we changed last: their mtime since, and when somebody else had changed them before.
+        # Folders that we changed last: their ctime since, and when somebody else had changed them before.
         self._own_changes: dict[str, tuple[int, float]] = {}
         try:
             for folder in ("claims", "journal", "work", "rejected"):
@@ -159,67 +174,106 @@ class Spool:
             self._lock_file.close()
 
     def scan(self) -> Iterator[Found]:
-        """All that is in the spool, folder by folder, names ascending. What goes away meanwhile is left out."""
-        folders = [""]
+        """All that is in the spool, folder by folder, names ascending. What goes away meanwhile is left out; a folder
+        that cannot be read is found itself."""
+        folders: list[tuple[str, os.stat_result | None]] = [("", None)]
         while folders:
-            folder = folders.pop()
+            folder, status = folders.pop()
             try:
-                with os.scandir(self.root / folder) as entries:
-                    listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+                listed = self._list(folder)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            below = []
-            for entry in listed:
-                path = f"{folder}/{entry.name}" if folder else entry.name
+            except PermissionError as error:
+                if status is None:
+                    raise
+                yield self._unsuitable(folder, status, f"cannot be read: {error.strerror}")
+                continue
+            below: list[tuple[str, os.stat_result | None]] = []
+            for name, status in listed:
+                path = f"{folder}/{name}" if folder else name
                 if path == INTERNAL:
                     continue
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if stat.S_ISDIR(status.st_mode):
-                    below.append(path)
-                else:
+                if not stat.S_ISDIR(status.st_mode):
                     yield self._classify(path, status)
+                elif len(os.fsencode(path)) + len("/x") > self._max_path:
+                    yield self._unsuitable(path, status, f"a folder whose path has {len(os.fsencode(path))} bytes")
+                else:
+                    below.append((path, status))
             folders.extend(reversed(below))
 
-    def _classify(self, path: str, status: os.stat_result) -> Found:
+    def _list(self, folder: str) -> list[tuple[str, os.stat_result]]:
+        listed = []
+        with self._opened(folder) as descriptor, os.scandir(descriptor) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    listed.append((entry.name, entry.stat(follow_symlinks=False)))
+        return sorted(listed, key=lambda each: os.fsencode(each[0]))
+
+    @contextmanager
+    def _opened(self, folder: str, *, make: bool = False) -> Iterator[int]:
+        """A folder of the spool; with `make`, it and those above it are made if they are missing. Raises: OSError, for
+        a symbolic link on the way NotADirectoryError."""
+        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for name in folder.split("/") if folder else ():
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, dir_fd=descriptor)
+                below = os.open(name, _DIRECTORY, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = below
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _is_settled(self, status: os.stat_result) -> bool:
         # ctime: a program can set mtime, and a rename into the spool counts as a touch as well.
-        age = self._clock() - status.st_ctime
-        if age < self._settle_s and age > -self._settle_s:
-            return Found(path, Kind.WAITING, status.st_size)
+        return abs(self._clock() - status.st_ctime) >= self._settle_s
+
+    def _unsuitable(self, path: str, status: os.stat_result, reason: str) -> Found:
+        kind = Kind.UNSUITABLE if self._is_settled(status) else Kind.WAITING
+        return Found(path, kind, status.st_size, reason)
+
+    def _classify(self, path: str, status: os.stat_result) -> Found:
         reason = unsuitable_reason(path, status, self._max_file_size)
+        if reason is None and len(os.fsencode(path)) > self._max_path:
+            reason = f"a path of {len(os.fsencode(path))} bytes, more than the {self._max_path} that fit in this spool"
         if reason is not None:
-            return Found(path, Kind.UNSUITABLE, status.st_size, reason)
-        if is_temporary(path) and -TEMPORARY_WAIT_S < age < TEMPORARY_WAIT_S:
+            return self._unsuitable(path, status, reason)
+        if not self._is_settled(status):
+            return Found(path, Kind.WAITING, status.st_size)
+        if is_temporary(path) and abs(self._clock() - status.st_ctime) < TEMPORARY_WAIT_S:
             return Found(path, Kind.TEMPORARY, status.st_size)
         return Found(path, Kind.SETTLED, status.st_size)
 
     def claim(self, path: str, batch: str) -> bool:
-        """Take a file: False if it went away, is held open by a writer, or somebody is about to write to it.
+        """Take a file: False if it went away or became something else, is held open by a writer, or somebody is about
+        to write to it.
 
         Raises: PermissionError for a file that we may not read; OSError.
         """
-        source = self.root / path
+        folder, _, name = path.rpartition("/")
         try:
-            descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
+            with self._opened(folder) as above:
+                return self._claim_in(above, name, path, batch)
+        except OSError as error:
+            if error.errno in _EXCHANGED:
+                return False  # the next scan will see what it is
+            raise
+
+    def _claim_in(self, above: int, name: str, path: str, batch: str) -> bool:
+        descriptor = os.open(name, _FILE, dir_fd=above)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return False  # it was exchanged since the scan: the next one will see what it is
-            if not take_lease(descriptor):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not take_lease(descriptor):
                 return False
             target = self.claimed(batch, path)
             target.parent.mkdir(parents=True, exist_ok=True)
             self._effect(f"claim {path}")
-            try:
-                with self._own_change(os.path.dirname(path)):
-                    os.rename(source, target)
-            except FileNotFoundError:
-                return False
-            if lease_is_broken(descriptor):
-                # A writer opened the path before the rename, and waits for us: the file is not ours.
+            with self._own_change(os.path.dirname(path), above):
+                os.rename(name, target, src_dir_fd=above)
+            # Either a writer opened the path before the rename, and waits for us; or the rename took another file than
+            # the one that was opened, which may be held open.
+            if lease_is_broken(descriptor) or not os.path.samestat(os.fstat(descriptor), os.lstat(target)):
                 self.give_back(batch, path)
                 return False
             return True
@@ -232,32 +286,36 @@ class Spool:
 
     def give_back(self, batch: str, path: str) -> bool:
         """Put a claimed file where it was; False, and it stays claimed, when a newer one has taken its place."""
-        source, target = self.claimed(batch, path), self.root / path
+        folder, _, name = path.rpartition("/")
         self._effect(f"give back {path}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(source, target, follow_symlinks=False)  # not rename: it would replace a newer file
+            with self._opened(folder, make=True) as above:
+                _rename_to_free_name(self.claimed(batch, path), name, above)
         except (FileExistsError, NotADirectoryError):
             return False
-        self._effect(f"forget claim {path}")
-        os.unlink(source)
         return True
 
     def reject(self, path: str, reason: str, *, batch: str | None = None) -> None:
-        """Put a file aside for good, with the reason beside it."""
+        """Put a file, or a folder with all in it, aside for good, with the reason beside it. Raises: OSError."""
+        folder, _, name = path.rpartition("/")
         place = self.internal / "rejected" / f"{time.time_ns():x}"
         place.mkdir()
+        target = place / (name if name != "reason.txt" else "reason.txt.file")
         self._effect(f"write reason {path}")
         (place / "reason.txt").write_text(f"{path}: {reason}\n", encoding="utf-8", errors="backslashreplace")
-        source = self.claimed(batch, path) if batch is not None else self.root / path
         self._effect(f"reject {path}")
         try:
-            with self._own_change(os.path.dirname(path)):
-                os.rename(source, place / source.name if source.name != "reason.txt" else place / "reason.txt.file")
-        except FileNotFoundError:
+            if batch is not None:
+                os.rename(self.claimed(batch, path), target)
+            else:
+                with self._opened(folder) as above, self._own_change(folder, above):
+                    os.rename(name, target, src_dir_fd=above)
+        except OSError as error:
             (place / "reason.txt").unlink()
             place.rmdir()
-            return
+            if error.errno in _EXCHANGED:
+                return
+            raise
         log.warning("put aside", path=path, reason=reason, rejected=str(place))
 
     def batches(self) -> list[str]:
@@ -329,14 +387,16 @@ class Spool:
         for folder in sorted(folders, key=lambda each: each.count("/"), reverse=True):
             for each in _with_parents(folder):
                 try:
-                    if os.listdir(self.root / each):
-                        break  # in use; the next file taken from it brings it up again
-                    if not self._is_quiet(each):
-                        again.add(each)
-                        break
+                    with self._opened(each) as descriptor:
+                        if os.listdir(descriptor):
+                            break  # in use; the next file taken from it brings it up again
+                        if abs(self._clock() - self._changed_by_others(each, descriptor)) < self._settle_s:
+                            again.add(each)
+                            break
                     self._effect(f"rmdir {each}")
-                    with self._own_change(os.path.dirname(each)):
-                        os.rmdir(self.root / each)
+                    above, _, name = each.rpartition("/")
+                    with self._opened(above) as descriptor, self._own_change(above, descriptor):
+                        os.rmdir(name, dir_fd=descriptor)
                     self._own_changes.pop(each, None)
                 except (FileNotFoundError, NotADirectoryError):
                     continue
@@ -346,34 +406,26 @@ class Spool:
                     break
         return again
 
-    def _is_quiet(self, folder: str) -> bool:
-        age = self._clock() - self._changed_by_others(folder)
-        return age >= self._settle_s or age < 0
-
-    def _changed_by_others(self, folder: str) -> float:
-        """When a folder's names were last changed by somebody else; 0 if it is not there."""
-        try:
-            status = os.lstat(self.root / folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return 0.0
+    def _changed_by_others(self, folder: str, descriptor: int) -> float:
+        """When somebody else changed a folder or the names in it last. By ctime: copying programs set mtime back."""
+        status = os.fstat(descriptor)
         own = self._own_changes.get(folder)
-        return own[1] if own is not None and own[0] == status.st_mtime_ns else status.st_mtime
+        return own[1] if own is not None and own[0] == status.st_ctime_ns else status.st_ctime
 
     @contextmanager
-    def _own_change(self, folder: str) -> Iterator[None]:
-        """Around a change of ours to a folder: it does not count as a touch."""
-        before = self._changed_by_others(folder)
+    def _own_change(self, folder: str, descriptor: int) -> Iterator[None]:
+        """Around a change of ours to the names in a folder: it does not count as a touch."""
+        before = self._changed_by_others(folder, descriptor)
         yield
-        with suppress(FileNotFoundError):
-            self._own_changes[folder] = (os.lstat(self.root / folder).st_mtime_ns, before)
+        self._own_changes[folder] = (os.fstat(descriptor).st_ctime_ns, before)
 
     def read_emptied(self) -> set[str]:
         """The folders that files were taken from, and that are still to be removed."""
         try:
-            return set(msgspec.json.decode((self.internal / "emptied.json").read_bytes(), type=list[str]))
+            return set(map(str, json.loads((self.internal / "emptied.json").read_bytes())))
         except FileNotFoundError:
             return set()
-        except msgspec.MsgspecError as error:
+        except (ValueError, TypeError) as error:
             log.warning("the list of emptied folders is damaged, and is made anew", error=str(error))
             return set()
 
@@ -381,7 +433,7 @@ class Spool:
         """Remember the folders over a restart; to lose them leaves an empty folder behind, no more."""
         path = self.internal / "emptied.json"
         temporary = path.with_name(".emptied.json.tmp")
-        temporary.write_bytes(msgspec.json.encode(sorted(folders)))
+        temporary.write_text(json.dumps(sorted(folders)))  # json, which can spell names that are not UTF-8
         self._effect("rename emptied.json")
         os.replace(temporary, path)
 
@@ -396,6 +448,18 @@ def _with_parents(folder: str) -> Iterator[str]:
     while folder:
         yield folder
         folder = folder.rpartition("/")[0]
+
+
+def _rename_to_free_name(source: Path, name: str, folder: int) -> None:
+    """Rename, atomically, to a name that is free. Not link and unlink: a crash between them doubles the file, and the
+    kernel refuses links to files of others (proc(5), protected_hardlinks). Raises: FileExistsError; OSError."""
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(source), folder, os.fsencode(name), _RENAME_NOREPLACE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), os.fspath(source))
+    os.link(source, name, dst_dir_fd=folder, follow_symlinks=False)  # a file system without RENAME_NOREPLACE
+    os.unlink(source)
 
 
 def take_lease(descriptor: int) -> bool:

@@ -5,11 +5,19 @@ The protocol of one batch. The catalog row is the commit; what comes before it c
     died before      a restart finds                   and does
     journal          claims                            assigns and packs them
     PUT              claims, journal                   packs them under a new key, with the days and ids of the journal
-    catalog row      claims, journal, object           commits it, if nobody else has held the shard since; else packs
-                                                       them under a new key, and leaves the object to the collector
+    catalog row      claims, journal, object           commits it, if the object is ours and nobody else has held the
+                                                       shard since; else packs them under a new key, and leaves the
+                                                       object to the collector
     unlink           claims, journal, object, row      unlinks the files, then the journal
 
-A file that was written to after it was packed is not unlinked: it goes back to the spool and is packed again.
+A PUT that a dying packer has sent may take effect after the restart has looked: that object, too, is the collector's;
+its files are packed again under the same names, days and ids, and a newer generation. So is what a file that changed
+while its external payload was stored has left.
+
+A journal names exactly the files that its objects hold: one that changed or could not be read while the container was
+built is struck out before the PUT. A file that was written to after it was packed is not unlinked: it goes back to the
+spool and is packed again. While an older version of a file is claimed, a newer one is not: versions are packed in
+their order.
 """
 
 from __future__ import annotations
@@ -32,8 +40,13 @@ from assignment.client import (
     AssignmentError,
     ContainerExists,
 )
+from des_format.errors import DesFormatError
+from des_format.names import MAX_COMPONENT
+from des_format.reader import BaseReader
 from des_format.shards import hex_group, parse_container_name, part_name, placement_shard, shard_hex
+from des_format.source import DEFAULT_TAIL
 from desfs import metrics
+from desfs.container import StoreSource
 from desfs.errors import DesfsError, ObjectExists
 from desfs.packer.batch import Cut, Item, cut
 from desfs.packer.build import Builder, Built
@@ -119,6 +132,8 @@ class Packer:
             unfinished = await asyncio.to_thread(self._spool.batches)
             if self._stop.is_set() or not (self.summary.left or unfinished):
                 break
+        if unfinished and not self._stop.is_set():
+            self._fail("some files could not be packed yet and stay claimed in .desfs/claims: run the packer again")
         await self._remove_emptied(wait=True)
         return self.summary
 
@@ -170,7 +185,11 @@ class Packer:
         return found
 
     def _reject(self, path: str, reason: str, *, batch: str | None = None) -> None:
-        self._spool.reject(path, reason, batch=batch)
+        try:
+            self._spool.reject(path, reason, batch=batch)
+        except OSError as error:
+            self._fail(f"{path}: {reason}; it cannot be put aside: {error.strerror}")
+            return
         self.summary.rejected += 1
         self._emptied.add(os.path.dirname(path))
 
@@ -190,7 +209,8 @@ class Packer:
 
     async def _take(self, found: list[Found]) -> int:
         """Claim and publish what has settled, batch by batch; how many files were claimed."""
-        settled = [each.path for each in found if each.kind is Kind.SETTLED]
+        held = await asyncio.to_thread(self._held_paths)
+        settled = [each.path for each in found if each.kind is Kind.SETTLED and each.path not in held]
         taken = 0
         for start in range(0, len(settled), self._settings.max_batch_files):
             if self._stop.is_set():
@@ -205,13 +225,19 @@ class Packer:
         self._oldest_settled = None
         return taken
 
+    def _held_paths(self) -> set[str]:
+        """Files of which an older version is still claimed."""
+        return {path for batch in self._spool.batches() for path in self._spool.claims(batch)}
+
     def _claim(self, batch: str, paths: list[str]) -> int:
-        self._emptied |= {os.path.dirname(path) for path in paths}
-        self._spool.write_emptied(self._emptied)
+        # Written before: a packer that dies leaves no folder behind. A folder that nothing was taken from stays.
+        self._spool.write_emptied(self._emptied | {os.path.dirname(path) for path in paths})
         claimed = 0
         for path in paths:
             try:
-                claimed += self._spool.claim(path, batch)
+                if self._spool.claim(path, batch):
+                    claimed += 1
+                    self._emptied.add(os.path.dirname(path))
             except PermissionError as error:
                 self._reject(path, f"cannot be read: {error.strerror}")
             except OSError as error:
@@ -254,7 +280,9 @@ class Packer:
                 record = await self._client.find_container(container.key)
                 if record is None:
                     info = await self._object(container.key)
-                    if info is None or not await self._commit_found(batch, journal, container, info, leases):
+                    if info is None or not await asyncio.to_thread(self._is_ours, container, info):
+                        continue
+                    if not await self._commit_found(batch, journal, container, info, leases):
                         continue
                 await asyncio.to_thread(self._delete_packed, batch, container)
 
@@ -262,16 +290,30 @@ class Packer:
         listing = await asyncio.to_thread(self._store.list, key)
         return next((info for info in listing.objects if info.key == key), None)
 
+    def _is_ours(self, container: JournalContainer, info: ObjectInfo) -> bool:
+        """Whether an object holds the files of a journal, by their ids: a packer with another catalog may have been
+        faster with the key. A PUT is whole or not there, so ours holds all of them."""
+        try:
+            reader = BaseReader(StoreSource(self._store, info), None, DEFAULT_TAIL)
+            return bool(container.files) and all(
+                reader.get_meta(self._entry_name(path, file.id)).get("id") == file.id
+                for path, file in container.files.items()
+            )
+        except DesFormatError as error:
+            log.info("another object has the key", key=container.key, found=str(error))
+            return False
+
     async def _commit_found(
         self, batch: str, journal: Journal, container: JournalContainer, info: ObjectInfo, leases: _Leases
     ) -> bool:
-        """Commit an object that was put before a crash, if its token is the last that was given for the shard. A PUT is
-        whole or not there, and its key is nobody else's."""
+        """Commit an object that was put before a crash, if its token is the last that was given for the shard."""
         lease = await leases.of(container.day, container.shard)
         if lease.token != container.token:
             if lease.previous_token != container.token:
                 return False
-            container.token = lease.token
+            for each in journal.containers:
+                if (each.day, each.shard, each.token) == (container.day, container.shard, lease.previous_token):
+                    each.token = lease.token
             await self._write_journal(batch, journal)
         await self._commit(lease, _record(container, len(container.files), info.size, info.etag))
         self._count([file.size for file in container.files.values()])
@@ -297,11 +339,15 @@ class Packer:
         return {path: FileState.of(os.lstat(self._spool.claimed(batch, path))) for path in self._spool.claims(batch)}
 
     def _item(self, path: str, state: FileState, assignment: Assignment) -> Item:
-        if self._layout.naming == "path":
-            return Item(path, path, assignment.id, assignment.day, assignment.shard, state)
-        name = assignment.id + os.path.splitext(path)[1]
+        name = self._entry_name(path, assignment.id)
         shard = shard_hex(placement_shard(name, self._layout.shard_bits), self._layout.shard_bits)
         return Item(path, name, assignment.id, assignment.day, shard, state)
+
+    def _entry_name(self, path: str, assigned: str) -> str:
+        if self._layout.naming == "path":
+            return path
+        name = assigned + os.path.splitext(path)[1]
+        return name if len(name.encode()) <= MAX_COMPONENT else assigned
 
     async def _publish_items(self, batch: str, items: list[Item], leases: _Leases) -> None:
         plans: list[tuple[Cut, JournalContainer]] = []
@@ -443,8 +489,9 @@ class Packer:
         metrics.PACKED_BYTES.inc(sum(sizes))
 
     def _fail(self, message: str) -> None:
-        self.summary.failures.append(message)
-        log.warning("left for later", reason=message)
+        if message not in self.summary.failures:
+            self.summary.failures.append(message)
+            log.warning("left for later", reason=message)
 
 
 def _record(container: JournalContainer, files: int, size: int, etag: str) -> ContainerRecord:
