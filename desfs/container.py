@@ -12,7 +12,7 @@ from des_format.layout import MAX_META
 from des_format.meta import MetaColumns
 from des_format.names import external_keys
 from des_format.source import Tail, open_container
-from desfs.errors import NoSuchObject
+from desfs.errors import BadAnswer, NoSuchObject
 from desfs.store.base import Answer, ObjectInfo, Store
 
 # A sixteenth of a container of small files holds its index and META, and reads at most 6 % too much; below 64 KiB a GET
@@ -90,6 +90,10 @@ def read_external(
                 answer = store.get_tail(key, 1)  # of an empty object: a range cannot be empty
         except NoSuchObject:
             continue
+        except BadAnswer as error:
+            if error.temporary:
+                raise
+            raise CorruptEntry(f"{container}: {name!r}: external object {key}: want {size} bytes: {error}") from error
         if answer.size != size:
             raise CorruptEntry(f"{container}: {name!r}: external object {key}: found {answer.size} bytes, want {size}")
         return answer
