@@ -1,4 +1,4 @@
-"""The contract of index caches, for memory and disk, and what is their own (Redis: tests/service/test_redis_cache.py)."""
+"""The contract of index caches, for memory and disk, and what is their own. Redis: tests/service/test_redis_cache.py."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_a_disk_cache_survives_its_process_and_is_shared(tmp_path: Path) -> None
     )
     cache = DiskIndexCache(tmp_path)
     cache.put(key(0), b"from the parent")
-    command = [sys.executable, "-c", program, tmp_path]
+    command = [sys.executable, "-c", program, str(tmp_path)]
     child = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     allowed = {b"%d" % number * 1000 for number in range(200)} | {None, b"from the parent"}
     while child.poll() is None:
