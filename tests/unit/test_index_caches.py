@@ -1,4 +1,4 @@
-"""The contract of index caches, for memory and disk, and what is their own. Redis: tests/service/test_redis_cache.py."""
+"""The contract of index caches, for memory and disk, and what is their own. Redis: tests/service/."""
 
 from __future__ import annotations
 
