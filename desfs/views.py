@@ -18,7 +18,7 @@ import msgspec
 import structlog
 import trio
 
-from des_format.errors import DesFormatError, NotAContainer
+from des_format.errors import NotAContainer
 from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import name_problem
 from des_format.shards import (
@@ -514,6 +514,8 @@ class Views:
         try:
             answer = await self.threads.run(self.threads.store.get_tail, LAYOUT_KEY, _LAYOUT_LIMIT)
             return msgspec.json.decode(answer.data, type=Layout)
-        except (msgspec.MsgspecError, DesFormatError) as error:
+        except NoSuchObject:
+            return Layout()  # it went after it was listed
+        except (msgspec.MsgspecError, RecursionError) as error:
             self.problems.report(LAYOUT_KEY, f"is not understood, every index is read: {error}")
             return Layout()

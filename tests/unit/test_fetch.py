@@ -113,8 +113,8 @@ def test_ten_readers_make_one_get(world: World) -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(10):
                 nursery.start_soon(reader, "f00")
-            nursery.start_soon(reader, "f09")
             await until(lambda: world.store.running == 1)
+            nursery.start_soon(reader, "f09")
             await trio.testing.wait_all_tasks_blocked(0.01)
             go.set()
 
