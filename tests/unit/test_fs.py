@@ -1,0 +1,523 @@
+"""The file system in plain types: docs/architecture.md, The name space."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+
+from des_format import CorruptEntry, DesFormatError, DesWriter, UnsupportedEntry
+from des_format.layout import COMPRESSED
+from desfs.errors import (
+    DesfsError,
+    IsADirectory,
+    NoSuchAttribute,
+    NoSuchPath,
+    NotADirectory,
+    StaleInode,
+    StoreUnavailable,
+    errno_of,
+)
+from desfs.fs import Attributes, FileSystem
+from desfs.inode import CONTROL_DIRECTORY, ROOT, InodeNumber, directory_inode
+from desfs.settings import MountSettings
+from desfs.store.file import FileStore
+from tests.mount.stores import WatchedStore, put_container, put_sharded
+from tests.unit.containers import Item, build
+
+DAY = "2026-11-20"
+
+
+class Kernel:
+    """What the kernel was told to forget."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, bytes | None]] = []
+
+    def forget_entry(self, parent: InodeNumber, name: bytes) -> None:
+        self.told.append((parent, name))
+
+    def forget_attributes(self, inode: InodeNumber) -> None:
+        self.told.append((inode, None))
+
+
+class World:
+    def __init__(self, root: Path, **options: object) -> None:
+        root.mkdir(exist_ok=True)
+        self.root = root
+        self.store = WatchedStore(FileStore(root))
+        self.kernel = Kernel()
+        # A refresh happens when a test asks for it.
+        self.fs = FileSystem(self.store, MountSettings.model_validate({"refresh": 1e-6, **options}))
+        self.fs._kernel = self.kernel
+
+    def put(self, key: str, *names: str, content: str = "") -> None:
+        put_container(self.root / key, {name: f"{name}{content}".encode() for name in names})
+
+    async def at(self, path: str) -> Attributes:
+        attributes = await self.fs.getattr(ROOT)
+        for name in path.split("/"):
+            attributes = await self.fs.lookup(attributes.inode, name.encode())
+        return attributes
+
+    async def read(self, path: str) -> bytes:
+        attributes = await self.at(path)
+        return bytes(await self.fs.read(attributes.inode, 0, attributes.size))
+
+    async def names(self, path: str = "") -> list[str]:
+        inode = (await self.at(path)).inode if path else ROOT
+        return [entry.name.decode() for entry in await self.fs.entries(inode, 0)]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "store")
+
+
+def run(world: World, main: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        with trio.fail_after(60):
+            await world.fs.start()
+            await main()
+
+    trio.run(bounded)
+
+
+# --- names and attributes ----------------------------------------------------------------------------------------
+
+
+def test_files_have_the_attributes_of_their_metadata(world: World) -> None:
+    """META carries mtime and mode; what it does not say is LastModified and 0644."""
+    (world.root / DAY).mkdir()
+    with DesWriter(world.root / DAY / "0.des") as writer:
+        writer.add_file("full", b"12345", {"mtime": 1_700_000_000.5, "mode": 0o640})
+        writer.add_file("plain", b"")
+        writer.add_file("setuid", b"", {"mode": 0o104755})
+        writer.add_file("odd", b"", {"mtime": "yesterday", "mode": -1})
+        writer.add_file("ancient", b"", {"mtime": -1.5})
+
+    async def main() -> None:
+        mtime_ns = (world.root / DAY / "0.des").stat().st_mtime_ns
+        expected = {
+            "full": (0o640, 5, 1_700_000_000_500_000_000),
+            "plain": (0o644, 0, mtime_ns),
+            "setuid": (0o4755, 0, mtime_ns),
+            "odd": (0o644, 0, mtime_ns),
+            "ancient": (0o644, 0, -1_500_000_000),
+        }
+        for name, (mode, size, at_ns) in expected.items():
+            found = await world.at(f"{DAY}/{name}")
+            assert found[1:4] == (stat.S_IFREG | mode, size, at_ns), name
+            assert await world.fs.getattr(found.inode) == found
+
+    run(world, main)
+
+
+def test_umask_masks_files_and_directories(tmp_path: Path) -> None:
+    world = World(tmp_path, umask="027")
+    world.put(f"{DAY}/0.des", "d/f")
+
+    async def main() -> None:
+        assert (await world.fs.getattr(ROOT)).mode == stat.S_IFDIR | 0o750
+        assert (await world.at(f"{DAY}/d")).mode == stat.S_IFDIR | 0o750
+        assert (await world.at(f"{DAY}/d/f")).mode == stat.S_IFREG | 0o640
+
+    run(world, main)
+
+
+def test_what_is_not_there_is_enoent(world: World) -> None:
+    world.put(f"{DAY}/0.des", "d/f", "g")
+    long = "n" * 256
+
+    async def main() -> None:
+        for path in ("x", f"{DAY}/x", f"{DAY}/d/x", f"{DAY}/.", f"{DAY}/..", f"{DAY}/{long}", "2026-11-21", ".desfs/x"):
+            with pytest.raises(NoSuchPath):
+                await world.at(path)
+        for path in (f"{DAY}/g/x", ".desfs/stats/x"):
+            with pytest.raises(NotADirectory):
+                await world.at(path)
+        with pytest.raises(NoSuchPath):
+            await world.fs.lookup(ROOT, b"\xff")
+        with pytest.raises(NoSuchPath):
+            await world.fs.lookup(directory_inode(DAY.encode()), b"\xff")
+
+    run(world, main)
+
+
+def test_every_inode_knows_its_parent(world: World) -> None:
+    world.put(f"{DAY}/0.des", "a/b/f")
+
+    async def main() -> None:
+        await world.at(f"{DAY}/a/b/f")
+        day, a, b = [(await world.at(path)).inode for path in (DAY, f"{DAY}/a", f"{DAY}/a/b")]
+        assert [world.fs.parent(inode) for inode in (ROOT, CONTROL_DIRECTORY, day, a, b)] == [ROOT, ROOT, ROOT, day, a]
+        with pytest.raises(NotADirectory):
+            world.fs.parent((await world.at(f"{DAY}/a/b/f")).inode)
+        with pytest.raises(StaleInode):
+            world.fs.parent(directory_inode(b"nowhere"))
+
+    run(world, main)
+
+
+def test_inodes_are_unique_and_survive_a_remount(world: World) -> None:
+    """Slots come from a hash of the container's key, so that inode numbers survive a remount."""
+    for n in range(16):
+        world.put(f"{DAY}/{n:x}.des", *(f"d{n}/f{k}" for k in range(50)))
+
+    async def inodes(world: World) -> dict[str, int]:
+        found = {}
+        for folder in await world.names(DAY):
+            directory = await world.at(f"{DAY}/{folder}")
+            found[folder] = int(directory.inode)
+            for entry in await world.fs.entries(directory.inode, 0):
+                found[f"{folder}/{entry.name.decode()}"] = int(entry.attributes.inode)
+        return found
+
+    again = World(world.root)
+
+    async def main() -> None:
+        await again.fs.start()
+        await again.at(f"{DAY}/d9/f7")
+        first, second = await inodes(world), await inodes(again)
+        assert first == second
+        assert len(set(first.values())) == 16 * 51
+
+    run(world, main)
+
+
+def test_positions_in_the_root_hold_while_days_come_and_go(world: World) -> None:
+    """Positions hold while names come and go: nothing twice, and nothing that stays is skipped."""
+    for name in ("2026-11-18", "2026-11-20", "2026-11-22", "archive", "zoo"):
+        world.put(f"{name}/0.des", "f")
+
+    async def main() -> None:
+        whole = list(await world.fs.entries(ROOT, 0))
+        assert [entry.name for entry in whole] == [b"2026-11-18", b"2026-11-20", b"2026-11-22", b"archive", b"zoo"]
+        seen = whole[:3]
+        (world.root / "2026-11-18/0.des").unlink()
+        world.put("2026-11-19/0.des", "f")
+        await world.fs.refresh()
+        seen += list(await world.fs.entries(ROOT, seen[-1].cookie))
+        rest = [entry.name for entry in seen[3:]]
+        assert rest == [b"archive", b"zoo", b"2026-11-19"]
+        assert (ROOT, None) in world.kernel.told
+
+    run(world, main)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def test_reading_a_directory_is_eisdir(world: World) -> None:
+    world.put(f"{DAY}/0.des", "d/f")
+
+    async def main() -> None:
+        for inode in (ROOT, CONTROL_DIRECTORY, (await world.at(f"{DAY}/d")).inode):
+            with pytest.raises(IsADirectory):
+                await world.fs.read(inode, 0, 1)
+
+    run(world, main)
+
+
+def test_damaged_entries_are_eio_and_the_rest_is_read(world: World) -> None:
+    """An entry whose payload is not inside DATA, or that has a reserved flag: that entry is EIO and reported."""
+    (world.root / DAY).mkdir()
+    items = [
+        Item(b"good", b"fine"),
+        Item(b"outside", b"x", data_offset=10**9),
+        Item(b"packed", b"y", flags=COMPRESSED),
+        Item(b"twice", b"older"),
+        Item(b"twice", b"newer", data_offset=10**12),
+        Item(b"../escape", b"z"),
+    ]
+    (world.root / DAY / "0.des").write_bytes(build(items))
+
+    async def main() -> None:
+        assert sorted(await world.names(DAY)) == ["good", "outside", "packed", "twice"]
+        assert await world.read(f"{DAY}/good") == b"fine"
+        expected: list[tuple[str, type[DesFormatError]]] = [
+            ("outside", CorruptEntry),
+            ("packed", UnsupportedEntry),
+            ("twice", CorruptEntry),
+        ]
+        for name, kind in expected:
+            with pytest.raises(kind) as caught:
+                await world.read(f"{DAY}/{name}")
+            assert errno_of(caught.value) == errno.EIO
+            assert any(name in line for line in world.fs.problems.lines())
+        assert any("escape" in line for line in world.fs.problems.lines())
+
+    run(world, main)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_container_that_went_between_open_and_read_is_estale_for_the_old_inode(world: World, removed: bool) -> None:
+    """An object that was replaced gives 412: the container is reopened under a new slot, and old inodes answer ESTALE;
+    old index and new bytes never mix."""
+    world.put(f"{DAY}/0.des", "f", "g")
+    world.put(f"{DAY}/1.des", "h")
+
+    async def main() -> None:
+        old = await world.at(f"{DAY}/f")
+        world.kernel.told.clear()
+        if removed:
+            (world.root / DAY / "0.des").unlink()
+        else:
+            world.put(f"{DAY}/0.des", "f", content=" is new")
+        for _ in range(2):
+            with pytest.raises(StaleInode):
+                await world.fs.read(old.inode, 0, 10)
+        day = directory_inode(DAY.encode())
+        assert world.kernel.told == [(day, None), (day, b"f"), (day, b"g")]
+        if removed:
+            with pytest.raises(NoSuchPath):
+                await world.at(f"{DAY}/f")
+        else:
+            assert await world.read(f"{DAY}/f") == b"f is new"
+            assert (await world.at(f"{DAY}/f")).inode != old.inode
+        with pytest.raises(StaleInode):
+            await world.fs.xattr_names(old.inode)
+
+    run(world, main)
+
+
+def test_what_was_read_before_a_container_went_can_still_be_read(world: World) -> None:
+    """A container that left its day can be read for a while by those who have its files open."""
+    world.put(f"{DAY}/0.des", "f")
+    world.put(f"{DAY}/1.des", "h")
+
+    async def main() -> None:
+        old = await world.at(f"{DAY}/f")
+        assert await world.fs.read(old.inode, 0, 10) == b"f"
+        (world.root / DAY / "0.des").unlink()
+        await world.fs.refresh()
+        assert await world.fs.read(old.inode, 0, 10) == b"f"
+        assert (await world.fs.getattr(old.inode)).size == 1
+        assert await world.names(DAY) == ["h"]
+
+    run(world, main)
+
+
+def test_inodes_of_a_day_that_went_are_stale(world: World) -> None:
+    world.put(f"{DAY}/0.des", "d/f")
+    world.put("2026-11-21/0.des", "g")
+
+    async def main() -> None:
+        day, folder = await world.at(DAY), await world.at(f"{DAY}/d")
+        assert await world.names(f"{DAY}/d") == ["f"]
+        (world.root / DAY / "0.des").unlink()
+        await world.fs.refresh()
+        for inode in (day.inode, folder.inode):
+            with pytest.raises(StaleInode):
+                await world.fs.getattr(inode)
+            with pytest.raises(StaleInode):
+                await world.fs.entries(inode, 0)
+        assert await world.names() == ["2026-11-21"]
+        world.put(f"{DAY}/0.des", "d/new")
+        await world.fs.refresh()
+        assert await world.names(f"{DAY}/d") == ["new"]
+        assert (await world.at(DAY)).inode == day.inode
+
+    run(world, main)
+
+
+# --- refresh -----------------------------------------------------------------------------------------------------
+
+
+def test_a_day_that_cannot_be_listed_does_not_hold_up_the_others(world: World) -> None:
+    for name in ("a", "b", "c"):
+        world.put(f"{name}/0.des", "f")
+
+    async def main() -> None:
+        for name in ("a", "b", "c"):
+            assert await world.names(name) == ["f"]
+            world.put(f"{name}/1.des", "g")
+
+        def fail(method: str, key: str) -> None:
+            if key in ("", "a/"):
+                raise StoreUnavailable("down")
+            if key == "b/":
+                raise ZeroDivisionError("a defect of ours")
+
+        world.store.before = fail
+        await world.fs.refresh()
+        assert [await world.names(name) for name in ("a", "b", "c")] == [["f"], ["f"], ["f", "g"]]
+        world.store.before = lambda method, key: None
+        await world.fs.refresh()
+        assert [await world.names(name) for name in ("a", "b", "c")] == [["f", "g"]] * 3
+
+    run(world, main)
+
+
+def test_the_loop_refreshes_until_it_is_cancelled(tmp_path: Path) -> None:
+    world = World(tmp_path, refresh=0.01)
+    world.put("archive/0.des", "f")
+
+    async def main() -> None:
+        assert await world.names("archive") == ["f"]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.fs.run, world.kernel)
+            world.put("archive/1.des", "g")
+            while await world.names("archive") != ["f", "g"]:  # noqa: ASYNC110 - what is awaited is a refresh
+                await trio.sleep(0.005)
+            nursery.cancel_scope.cancel()
+        assert (directory_inode(b"archive"), None) in world.kernel.told
+
+    run(world, main)
+
+
+def test_a_random_history_shows_what_is_stored(world: World) -> None:
+    """Containers come, go and are replaced, with lookups of all kinds in between: after each refresh the day is the
+    union of what is stored, and what it shows can be read."""
+    random = Random(7)
+    stored: dict[str, dict[str, bytes]] = {}
+    names = [f"{folder}{n}" for folder in ("", "d/", "d/e/") for n in range(3)]
+
+    async def main() -> None:
+        count = 0
+        for _ in range(60):
+            shard = random.choice("0123")
+            if stored and random.random() < 0.3:
+                stored.pop(gone := random.choice(sorted(stored)))
+                (world.root / "archive" / gone).unlink()
+            else:
+                count += 1
+                files = {name: f"{name} {count}".encode() for name in random.sample(names, random.randint(0, 4))}
+                stored[f"{shard}-{count:06d}.des"] = files
+                path = put_container(world.root / "archive" / f"{shard}-{count:06d}.des", files)
+                os.utime(path, ns=(count * 10**9, count * 10**9))
+            if not stored:
+                continue
+            await world.fs.refresh()
+            expected: dict[str, bytes] = {}
+            for _, files in sorted(stored.items(), key=lambda item: int(item[0][2:8])):
+                expected |= files
+            found = {}
+            for name in names:
+                try:
+                    found[name] = await world.read(f"archive/{name}")
+                except NoSuchPath:
+                    continue
+            assert found == expected
+
+    run(world, main)
+
+
+# --- extended attributes, control files, totals ------------------------------------------------------------------
+
+
+def test_extended_attributes_tell_where_a_file_lies_and_its_metadata(world: World) -> None:
+    """Extended attributes: `user.des.container`, `user.des.id`, `user.des.meta` (the raw JSON), `user.mime_type`,
+    `user.sha256`."""
+    (world.root / DAY).mkdir()
+    with DesWriter(world.root / DAY / "0.des") as writer:
+        writer.add_file("f", b"x", {"id": "I-1", "mime": "text/plain", "sha256": "nonsense", "own": {"ż": 1}})
+        writer.add_file("plain", b"y")
+        writer.add_file("odd", b"z", {"id": 7, "mime": None})
+    items = [Item(b"broken", b"x", meta=b"{no"), Item(b"none", b"y", meta=b"")]
+    (world.root / DAY / "1.des").write_bytes(build(items))
+
+    async def attributes(name: str) -> dict[str, bytes]:
+        inode = (await world.at(f"{DAY}/{name}")).inode
+        names = await world.fs.xattr_names(inode)
+        return {key.decode(): await world.fs.xattr(inode, key) for key in names}
+
+    async def main() -> None:
+        found = await attributes("f")
+        assert json.loads(found.pop("user.des.meta"))["own"] == {"ż": 1}
+        assert found == {
+            "user.des.container": f"{DAY}/0.des".encode(),
+            "user.des.id": b"I-1",
+            "user.mime_type": b"text/plain",
+            "user.sha256": b"nonsense",
+        }
+        assert await attributes("plain") == {
+            "user.des.container": f"{DAY}/0.des".encode(),
+            "user.des.meta": b'{"size":1}',
+        }
+        assert (await attributes("odd"))["user.des.id"] == b"7"
+        assert list(await attributes("broken")) == ["user.des.container"]
+        assert list(await attributes("none")) == ["user.des.container"]
+        inode = (await world.at(f"{DAY}/f")).inode
+        for name in (b"user.other", b"security.selinux", b"user.des.nothing", b"\xff"):
+            with pytest.raises(NoSuchAttribute):
+                await world.fs.xattr(inode, name)
+        for directory in (ROOT, CONTROL_DIRECTORY, (await world.at(DAY)).inode):
+            assert await world.fs.xattr_names(directory) == []
+            with pytest.raises(NoSuchAttribute):
+                await world.fs.xattr(directory, b"user.des.container")
+
+    run(world, main)
+
+
+def test_the_metadata_of_neighbours_comes_in_one_get(world: World) -> None:
+    world.put(f"{DAY}/0.des", *(f"f{n:03d}" for n in range(500)))
+
+    async def main() -> None:
+        inodes = [entry.attributes.inode for entry in await world.fs.entries((await world.at(DAY)).inode, 0)]
+        world.store.calls.clear()
+        for inode in inodes:
+            assert await world.fs.xattr(inode, b"user.des.meta")
+        assert world.store.keys("get") == [f"{DAY}/0.des"]
+
+    run(world, main)
+
+
+def test_control_files_say_what_they_should_and_ask_the_store_nothing(world: World) -> None:
+    """`/.desfs/`: reachable by name, not listed. Reading it never touches S3."""
+    world.put(f"{DAY}/0.des", "f")
+    (world.root / DAY / "1.des").write_bytes(b"garbage" * 30)
+
+    async def main() -> None:
+        assert await world.names(DAY) == ["f"]
+        assert ".desfs" not in await world.names()
+        world.store.calls.clear()
+        assert await world.names(".desfs") == ["stats", "containers", "problems", "config"]
+        stats = json.loads(await world.read(".desfs/stats"))
+        assert stats["source"] == world.store.url
+        assert stats["open_containers"] == {"bytes": (world.root / DAY / "0.des").stat().st_size, "files": 1}
+        assert json.loads(await world.read(".desfs/config"))["refresh"] == 1e-6
+        containers = json.loads(await world.read(".desfs/containers"))
+        assert [(row["day"], row["key"], row["state"], row["files"]) for row in containers] == [
+            (DAY, f"{DAY}/0.des", "open", 1),
+            (DAY, f"{DAY}/1.des", "refused", None),
+        ]
+        assert (await world.read(".desfs/problems")).decode().startswith(f"{DAY}/1.des")
+        assert world.store.calls == []
+        for entry in await world.fs.entries(CONTROL_DIRECTORY, 0):
+            assert entry.attributes.timeout_s == 0
+            assert entry.attributes.mode == stat.S_IFREG | 0o444
+
+    run(world, main)
+
+
+def test_totals_are_those_of_open_containers(world: World) -> None:
+    put_sharded(world.root, DAY, {f"f{n}": b"x" for n in range(20)})
+
+    async def main() -> None:
+        assert world.fs.totals() == (0, 0)
+        await world.names(DAY)
+        size = sum(path.stat().st_size for path in (world.root / DAY).iterdir())
+        assert world.fs.totals() == (size, 20)
+
+    run(world, main)
+
+
+def test_stale_and_foreign_inodes_are_estale(world: World) -> None:
+    world.put(f"{DAY}/0.des", "f")
+
+    async def main() -> None:
+        file = (await world.at(f"{DAY}/f")).inode
+        for inode in (file + 1, file + 2**32, directory_inode(b"nowhere"), 99):
+            with pytest.raises(DesfsError) as caught:
+                await world.fs.getattr(inode)
+            assert errno_of(caught.value) == errno.ESTALE
+
+    run(world, main)
