@@ -1,0 +1,70 @@
+"""The process that packers are forked from: one order a line on stdin, one answer a line on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any, NoReturn
+
+import assignment.sqlite  # noqa: F401 - imported here, once, for all forks
+from assignment.client import AssignmentError
+from desfs.cli.packer import describe
+from desfs.errors import DesfsError
+from desfs.logs import configure_logs
+from desfs.packer.run import run_packer
+from desfs.settings import PackerSettings
+from desfs.store import file, s3  # noqa: F401
+
+
+def _pack(order: dict[str, Any], report: int) -> NoReturn:
+    """Run one packer; its effects and its last line go to `report`."""
+    count = 0
+    lock = threading.Lock()
+
+    def effect(name: str) -> None:
+        nonlocal count
+        with lock:
+            count += 1
+            if count == order["die_at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.write(report, f"{name}\n".encode())
+
+    status = 1
+    try:
+        settings = PackerSettings(**order["settings"])
+        configure_logs(settings)
+        summary = run_packer(order["spool"], order["store"], settings, once=True, effect=effect)
+        message = "; ".join([describe(summary), *summary.failures])
+        status = 1 if summary.failures else 0
+    except (DesfsError, AssignmentError, OSError) as error:
+        message = str(error)
+    except Exception as error:
+        message = repr(error)
+        status = 3
+    os.write(report, f"\0{message}\n".encode())
+    os._exit(status)
+
+
+def _fork(order: dict[str, Any]) -> dict[str, Any]:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _pack(order, writer)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as lines:
+        effects, _, message = lines.read().partition("\0")
+    _, status = os.waitpid(child, 0)
+    return {
+        "status": os.waitstatus_to_exitcode(status),
+        "effects": effects.splitlines(),
+        "message": message.strip(),
+    }
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(_fork(json.loads(line))), flush=True)
