@@ -22,6 +22,7 @@ from des_format.shards import ContainerKey
 
 Rows = npt.NDArray[np.uint32]
 
+_ROWS_AT_A_TIME = 512
 _LISTINGS_KEPT = 64  # directories whose listing is kept between the kernel's READDIRs
 
 
@@ -178,14 +179,16 @@ class DayTree:
             skip = max(after - base, 0)
             if skip >= len(folders) + len(rows):
                 continue
-            for place, name in enumerate(folders[skip:], skip + 1):
-                if name in fresh:
-                    yield Position(base + place, name, None, 0)
-            first = max(skip - len(folders), 0)
+            for place in range(skip, len(folders)):
+                if folders[place] in fresh:
+                    yield Position(base + place + 1, folders[place], None, 0)
             cut = len(path) + 1 if path else 0
-            for place, row in enumerate(rows[first:].tolist(), len(folders) + first + 1):
-                if self.is_shown(member, row):
-                    yield Position(base + place, member.index.name(row)[cut:], member, row)
+            # In pieces: the kernel takes some hundred entries at a time, and asks anew behind them.
+            for first in range(max(skip - len(folders), 0), len(rows), _ROWS_AT_A_TIME):
+                piece = rows[first : first + _ROWS_AT_A_TIME].tolist()
+                for place, row in enumerate(piece, len(folders) + first + 1):
+                    if self.is_shown(member, row):
+                        yield Position(base + place, member.index.name(row)[cut:], member, row)
 
     def _segments(self, path: bytes) -> list[_Segment]:
         segments = self._listings.get(path)
