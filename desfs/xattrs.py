@@ -10,6 +10,7 @@ from des_format.errors import CorruptMeta
 from desfs.fetch import Fetcher, OpenContainer, StoreThreads
 
 _WINDOW = 256 * 1024  # bytes of META in one GET: the metadata of about a thousand neighbours
+_MAX_VALUE = 65536  # XATTR_SIZE_MAX of Linux
 _PREFIXES = (b"user.des.", b"user.mime_type", b"user.sha256")
 
 
@@ -26,7 +27,8 @@ class Xattrs:
         return name.startswith(_PREFIXES)
 
     async def of(self, container: OpenContainer, row: int) -> dict[bytes, bytes]:
-        """All attributes of a file, by name. Damaged metadata leaves those out that come from it.
+        """All attributes of a file, by name. Damaged metadata leaves those out that come from it. What is longer than
+        the kernel takes is left out, or `cp -a` would stumble over it.
 
         Raises: NoSuchObject, ObjectReplaced; StoreError.
         """
@@ -45,7 +47,7 @@ class Xattrs:
                 values[name] = (value if isinstance(value, str) else json.dumps(value)).encode(
                     "utf-8", "backslashreplace"
                 )
-        return values
+        return {name: value for name, value in values.items() if len(value) <= _MAX_VALUE}
 
     async def _meta(self, container: OpenContainer, row: int) -> bytes:
         index = container.loaded.index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -101,3 +102,12 @@ def run(command: Sequence[object], *, cwd: Path | None = None) -> bytes:
     )
     assert (done.returncode, done.stderr) == (0, b""), command
     return done.stdout
+
+
+def outcome(call: Callable[[], object]) -> str:
+    """The name of the error that a system call answers with, or "no error"."""
+    try:
+        call()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+    return "no error"
