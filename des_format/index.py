@@ -6,7 +6,6 @@ META length 4, flags 4, state 1: 49 bytes.
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Iterator
 from itertools import pairwise, repeat
@@ -118,9 +117,6 @@ class Index:
         by_hash = np.argsort(hashes, kind="stable")
         self._hash = hashes[by_hash]
         self._hash_row = findable[by_hash]
-        if len(state) >= _CHUNK:
-            del by_hash, findable, hashes, name_lengths, order
-            _release_memory()
 
     @property
     def rows(self) -> int:
@@ -219,14 +215,6 @@ class Index:
         bad = (self.state & (HIDDEN | BAD_FLAGS | BAD_DATA | BAD_META)) != 0
         silent = ((self.state & (DUPLICATE | TOMBSTONE)) != 0) & ((self.state & HIDDEN) == 0)
         return np.flatnonzero(bad & ~silent)
-
-
-def _release_memory() -> None:
-    """Have glibc return what the temporary arrays took. Once it has freed a few, it keeps arrays of up to 32 MiB on its
-    heap, and the columns hold the space between them: 189 bytes an entry instead of 87, for a million."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
 
 
 def _record_starts(
