@@ -239,7 +239,7 @@ class Packer:
                     claimed += 1
                     self._emptied.add(os.path.dirname(path))
             except PermissionError as error:
-                self._reject(path, f"cannot be read: {error.strerror}")
+                self._reject(path, f"cannot be taken: {error.strerror}")
             except OSError as error:
                 self._fail(f"{path}: cannot be claimed: {error.strerror}")
         if not claimed:

@@ -165,14 +165,23 @@ def catalog_rows(spool: Path) -> dict[str, ContainerRecord]:
 
 def spool_files(spool: Path) -> list[str]:
     """What programs have in a spool: files and folders, without the packer's own."""
-    found = [path.relative_to(spool).as_posix() for path in spool.rglob("*")]
-    return sorted(path for path in found if path.partition("/")[0] != ".desfs")
+    found = []
+    for folder, folders, names in os.walk(spool):  # not rglob, which fails when a folder goes away meanwhile
+        if folder == str(spool):
+            folders.remove(".desfs")
+        found += [os.path.relpath(os.path.join(folder, name), spool) for name in (*folders, *names)]
+    return sorted(found)
 
 
 def unfinished(spool: Path) -> list[str]:
     """What a packer has left of its work: claims, journals, containers being built."""
     internal = spool / ".desfs"
-    return sorted(str(path) for folder in ("claims", "journal", "work") for path in (internal / folder).rglob("*"))
+    return sorted(
+        os.path.join(folder, name)
+        for top in ("claims", "journal", "work")
+        for folder, folders, names in os.walk(internal / top)
+        for name in (*folders, *names)
+    )
 
 
 def rejected(spool: Path) -> dict[str, str]:
