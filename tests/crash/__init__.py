@@ -130,12 +130,11 @@ class Shown:
         for member in members:
             reader = readers[member.key]
             self.entries[member.key] = reader.list_files()
-            for row in member.index.shown().tolist():
-                if not tree.is_shown(member, row):
-                    continue
-                path = member.index.entry(row).name
+            rows = member.index.shown().tolist()
+            names = [member.index.entry(row).name for row in rows if tree.is_shown(member, row)]
+            for path, data in reader.get_files_batch(names).items():
                 assert path not in self.files, f"{path} is shown twice"
-                self.files[path] = ShownFile(member.key, reader.get_file(path), reader.get_meta(path))
+                self.files[path] = ShownFile(member.key, data, reader.get_meta(path))
 
     @property
     def contents(self) -> dict[str, bytes]:

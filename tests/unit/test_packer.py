@@ -664,7 +664,7 @@ def test_programs_that_copy_into_a_live_spool(spool: Path, store: Path, tmp_path
         if made.is_dir():
             os.utime(made, (0, 1_500_000_000))
     commands = {
-        "rsync": ["rsync", "-a", f"{source}/", f"{spool}/tree"],
+        "rsync": ["rsync", "-a", "--bwlimit=400", f"{source}/", f"{spool}/tree"],
         "cp": ["cp", "-rp", f"{source}", f"{spool}/tree"],
     }
     options = ("--settle", "0.2", "--max-age", "0.5", "--scan-interval", "0.05")
