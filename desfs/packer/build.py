@@ -16,7 +16,7 @@ import google_crc32c
 from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import external_key
 from des_format.writer import DesWriter, ReadableBytes
-from desfs.errors import ObjectExists
+from desfs.errors import ObjectExists, StoreError
 from desfs.packer.batch import Cut, Item
 from desfs.spool import FileChanged, FileState, Spool, lease_is_broken, take_lease
 from desfs.store.retrying import Retrying
@@ -131,19 +131,26 @@ class Builder:
 
     def _put_external(self, path: Path, item: Item, key: str) -> str:
         """Store a payload of its own where every reader looks; the key. Where an earlier version of the name has taken
-        that place, this one gets a folder of its own, which META records."""
+        that place, or a file has the name of a folder on the way there, which a directory store cannot hold, this one
+        gets a folder of its own, which META records."""
         usual = external_key(key, item.name)
-        folder = key.rpartition("/")[0]
-        for target in (usual, f"{folder}/{BIG_FILES_FOLDER}/{item.id}/{item.name}"):
+        own = f"{key.rpartition('/')[0]}/{BIG_FILES_FOLDER}/{item.id}/{item.name}"
+        refused: StoreError | None = None
+        for target in (usual, own):
             self._effect(f"put {target}")
             try:
                 self._store.put(target, path)
                 return target
-            except ObjectExists:
+            except ObjectExists as error:
+                refused = error
                 # Ours from before a crash, or another version: the bytes tell.
                 if self._store.etag_if_holds(target, path) is not None:
                     return target
-        raise ObjectExists(f"{target}: another object has the key of {item.path!r}")
+            except StoreError as error:
+                if type(error) is not StoreError:  # those that say more concern the store, not the key
+                    raise
+                refused = error
+        raise StoreError(f"{item.path!r} cannot be stored as an object of its own: {refused}") from refused
 
     def _meta(self, item: Item, status: os.stat_result, checksums: Checksums) -> dict[str, Any]:
         meta: dict[str, Any] = {

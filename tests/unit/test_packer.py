@@ -283,6 +283,20 @@ def test_a_newer_version_wins(spool: Path, store: Path) -> None:
     assert len(shown(store).external) == 3
 
 
+def test_external_files_where_a_folder_or_a_file_had_the_name(spool: Path, store: Path) -> None:
+    """A directory cannot hold an object below another one's key: the later one gets a folder of its own."""
+    write(spool / "a", b"a file" * 100)
+    write(spool / "b/c", b"in a folder" * 100)
+    pack(spool, store, big_file_threshold=200)
+    write(spool / "a/b", b"below it" * 100)
+    write(spool / "b", b"instead of it" * 100)
+    assert not pack(spool, store, big_file_threshold=200).failures
+    assert spool_files(spool) == unfinished(spool) == []
+    assert len(shown(store).external) == 4
+    # Where a file and a directory collide, the directory wins.
+    assert shown(store).contents == {"a/b": b"below it" * 100, "b/c": b"in a folder" * 100}
+
+
 def test_a_newer_version_that_comes_while_the_older_is_claimed(spool: Path, store: Path) -> None:
     """Both are packed, in their order, and the newer one is shown."""
 
