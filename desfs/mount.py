@@ -23,11 +23,11 @@ from desfs.store import open_store
 log = structlog.get_logger(__name__)
 
 _START_S = 8.0  # for the tries to reach the store before a mount is given up
-_START_LIMIT_S = 13.0  # for all of the start: a try under way when the time is up goes on to its own time-out
+_START_LIMIT_S = 12.0  # for all of the start: a try under way when the time is up goes on to its own time-out
 # pyfuse3's default of 99 is too few: 120 reads that wait for S3 held up a stat for 6.5 s (measured). A waiting task
-# costs
-# about 10 KB.
+# costs about 10 KB.
 _MAX_TASKS = 1000
+_END_S = 2.0  # for requests under way when a signal comes; pyfuse3 by itself waits for them as long as they take
 
 
 class MountFailed(DesfsError):
@@ -74,10 +74,12 @@ async def _serve(source: str, mountpoint: str, settings: MountSettings, ready: C
     try:
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_answer_signals)
+                requests = trio.CancelScope()
+                nursery.start_soon(_answer_signals, requests)
                 nursery.start_soon(fs.run, KernelNotifier())
                 nursery.start_soon(_announce, mountpoint, ready)
-                await pyfuse3.main(max_tasks=_MAX_TASKS)
+                with requests:
+                    await pyfuse3.main(max_tasks=_MAX_TASKS)
                 nursery.cancel_scope.cancel()
         except ExceptionGroup as group:
             raise first_of(group) from None
@@ -87,11 +89,13 @@ async def _serve(source: str, mountpoint: str, settings: MountSettings, ready: C
         store.close()
 
 
-async def _answer_signals() -> None:
+async def _answer_signals(requests: trio.CancelScope) -> None:
+    """End the main loop; requests that take too long are given up, and the kernel tells those who wait for them."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("unmounting", signal=signal.Signals(number).name)
             pyfuse3.terminate()
+            requests.deadline = min(requests.deadline, trio.current_time() + _END_S)
 
 
 async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:

@@ -48,11 +48,13 @@ def check_mountpoint(path: str) -> str:
     )
     try:
         status = os.stat(absolute)
+        os.statvfs(absolute)  # the kernel may answer stat for a dead daemon, from what it remembers
     except FileNotFoundError:
         raise UsageError(f"mount point {path} does not exist") from None
     except OSError as error:
         mounted = mounted_at(absolute)
-        if error.errno == errno.ENOTCONN and mounted is not None and mounted.fs_type == FS_TYPE:
+        # ECONNABORTED: the daemon is dying right now.
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED) and mounted is not None and mounted.fs_type == FS_TYPE:
             unmount(absolute, lazy=True)
             return check_mountpoint(path)
         raise UsageError(f"mount point {path}: {error.strerror}") from error

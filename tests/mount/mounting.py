@@ -50,7 +50,7 @@ def mounted(source: object, where: Path, *options: str, env: Mapping[str, str] |
 def mount(source: object, where: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
     """Mount below a `servers.mount_point`; AssertionError with the message if that fails."""
     done = desfs("mount", source, where, *(word for option in options for word in ("-o", option)), env=env)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", ""), done.stderr
 
 
 def daemon_of(where: Path) -> int:

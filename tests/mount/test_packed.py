@@ -112,7 +112,7 @@ def test_a_tree_of_files(kind: str, tmp_path: Path, request: pytest.FixtureReque
     source, spool = tmp_path / "source", tmp_path / "spool"
     spool.mkdir()
     seeded = random.Random(1)
-    for index in range(500):
+    for index in range(300):
         names = [f"folder {index % 7}", f"ä{index % 5}", f".{index}" if index % 3 == 0 else f"{index} & more.txt"]
         path = source.joinpath(*names[index % 3 :])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def test_a_tree_of_files(kind: str, tmp_path: Path, request: pytest.FixtureReque
     content = newer.read_bytes()
     newer.write_bytes(b"an older version")
     with store_of(kind, tmp_path, request) as (url, environ):
-        options = ("--shard-bits", "3", "--big-file-threshold", "64K", "--max-container-files", "40")
+        options = ("--shard-bits", "3", "--big-file-threshold", "64K", "--max-container-files", "100")
         subprocess.run(["cp", "-rp", f"{source}/.", spool], check=True)
         pack(spool, url, environ, *options)
         newer.write_bytes(content)

@@ -1,0 +1,372 @@
+"""Mounts that fail, and how a mount begins and ends: docs/mount.md, Exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests import servers
+from tests.fakes.counting_proxy import CountingProxy
+from tests.mount.mounting import PATIENCE_S, PROGRAM, daemon_of, desfs, mount, mounted, outcome, wait_until
+from tests.mount.stores import put_container, put_sharded, upload
+from tests.servers import MountPoint, S3Server
+
+pytestmark = pytest.mark.fuse
+
+DAY = "2026-11-20"
+LIMIT_S = 15.0
+STALL_S = 8.0  # well over what a daemon gives its requests at its end
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("start")
+    put_container(root / DAY / "0.des", {"f": b"content", "large": os.urandom(2_000_000)})
+    return root
+
+
+def failure(*arguments: object, status: int = 32, env: Mapping[str, str] | None = None) -> str:
+    """The one line of a mount that fails, with its exit status, in time; nothing is mounted."""
+    began = time.monotonic()
+    done = desfs(*arguments, env=env)
+    assert time.monotonic() - began < LIMIT_S
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("desfs: ")
+    assert not any(isinstance(argument, Path) and servers.is_mounted(argument) for argument in arguments)
+    return line
+
+
+# --- failing mounts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_a_missing_bucket_is_named(s3: S3Server, mount_dir: MountPoint, foreground: bool) -> None:
+    more = ["-f"] if foreground else []
+    line = failure("mount", "s3://no-such-bucket-here/p", mount_dir.path, *more, env=s3.environ())
+    assert "no-such-bucket-here" in line
+
+
+def test_wrong_credentials_are_named_and_not_printed(s3: S3Server, bucket: str, mount_dir: MountPoint) -> None:
+    secret = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hunter2hunter2"}
+    line = failure("mount", f"s3://{bucket}", mount_dir.path, env=s3.environ() | secret)
+    assert bucket in line
+    assert any(word in line.lower() for word in ("denied", "credentials", "key", "refuse"))
+    assert "hunter2" not in line
+
+
+def test_no_credentials_at_all_is_said(s3: S3Server, bucket: str, mount_dir: MountPoint, tmp_path: Path) -> None:
+    environ = s3.environ() | {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": str(tmp_path)}
+    line = failure("mount", f"s3://{bucket}", mount_dir.path, env=environ)
+    assert "credentials" in line.lower()
+
+
+def test_endpoints_that_do_not_answer_are_named_in_time(s3: S3Server, tmp_path: Path) -> None:
+    """Connections that are refused, accepted and never answered, and a name that does not resolve."""
+    with socket.create_server((servers.HOST, 0)) as probe:
+        down = probe.getsockname()[1]
+    with socket.create_server((servers.HOST, 0), backlog=64) as silent, ThreadPoolExecutor(3) as pool:
+        endpoints = {
+            f"http://{servers.HOST}:{down}": str(down),
+            f"http://{servers.HOST}:{silent.getsockname()[1]}": "s3://bucket/p",
+            "http://no-such-host.invalid": "no-such-host.invalid",
+        }
+
+        def try_one(endpoint: str) -> str:
+            where = tmp_path / str(list(endpoints).index(endpoint))
+            where.mkdir()
+            return failure("mount", "s3://bucket/p", where, env=s3.environ(endpoint_url=endpoint))
+
+        for line, named in zip(pool.map(try_one, endpoints), endpoints.values(), strict=True):
+            assert named in line
+
+
+def test_sources_that_are_none_are_named(store: Path, mount_dir: MountPoint) -> None:
+    container = store / DAY / "0.des"
+    named = {
+        str(store / "missing"): str(store / "missing"),
+        (store / "missing").as_uri(): str(store / "missing"),
+        str(container): "0.des",
+        "gopher://host/x": "gopher",
+        "s3://": "s3://",
+        "s3://key:secret@bucket": "credentials",
+        "file://host/x": "file:",
+    }
+    with ThreadPoolExecutor(3) as pool:
+        lines = pool.map(lambda source: failure("mount", source, mount_dir.path), named)
+        for line, cause in zip(lines, named.values(), strict=True):
+            assert cause in line
+            assert "secret@" not in line
+
+
+def test_mount_points_that_are_none_are_named(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "does not exist" in failure("mount", store, tmp_path / "missing")
+    assert "no directory" in failure("mount", store, tmp_path / "file")
+
+
+def test_a_busy_mount_point_is_left_alone(store: Path, mount_dir: MountPoint) -> None:
+    mount(store, mount_dir.path)
+    done = desfs("mount", store, mount_dir.path)
+    assert done.returncode == 32
+    (line,) = done.stderr.splitlines()
+    assert "busy" in line
+    assert str(store) in line
+    assert (mount_dir.path / DAY / "f").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("refesh=5", "refresh"),
+        ("refresh=soon", "refresh"),
+        ("refresh=0", "refresh"),
+        ("refresh", "refresh"),
+        ("umask=999", "umask"),
+        ("memory=much", "memory"),
+        ("uid=root", "uid"),
+        ("log_level=loud", "log_level"),
+        ("a\\", "backslash"),
+    ],
+)
+def test_options_that_make_no_sense_are_a_usage_error(
+    store: Path, mount_dir: MountPoint, options: str, named: str
+) -> None:
+    """Unknown option: exit 2, with the nearest one suggested."""
+    assert named in failure("mount", store, mount_dir.path, "-o", options, status=2)
+
+
+def test_a_variable_that_makes_no_sense_is_a_usage_error(store: Path, mount_dir: MountPoint) -> None:
+    assert "refresh" in failure("mount", store, mount_dir.path, status=2, env={"DESFS_REFRESH": "soon"})
+
+
+def test_missing_arguments_are_a_usage_error(store: Path) -> None:
+    for arguments in (["mount"], ["mount", store], ["mount", store, "/", "-q"]):
+        done = desfs(*arguments)
+        assert done.returncode == 2
+        assert "usage: desfs mount" in done.stderr
+
+
+def test_a_log_file_that_cannot_be_written_fails_the_mount(store: Path, mount_dir: MountPoint, tmp_path: Path) -> None:
+    line = failure("mount", store, mount_dir.path, "-o", f"log_file={tmp_path}/missing/log")
+    assert "missing/log" in line
+
+
+# --- beginning ---------------------------------------------------------------------------------------------------
+
+
+def test_the_root_answers_when_the_command_returns(s3: S3Server, bucket: str, store: Path, tmp_path: Path) -> None:
+    """`desfs mount` returns only when the root answers."""
+    upload(s3, bucket, store)
+    with CountingProxy(s3.host, s3.port, delay_s=0.3) as proxy, servers.mount_point(tmp_path / "mnt") as point:
+        for _ in range(2):
+            mount(f"s3://{bucket}", point.path, env=s3.environ(endpoint_url=proxy.url))
+            assert os.listdir(point.path) == [DAY]
+            assert desfs("umount", point.path).returncode == 0
+
+
+def test_mount_8_runs_it_in_its_own_order(store: Path, mount_dir: MountPoint) -> None:
+    """`desfs SOURCE DIR -o OPT,…` is what mount(8) runs; `rw` means nothing, with a note."""
+    done = desfs(store, mount_dir.path, "-o", "rw,nosuid,_netdev,x-systemd.automount", "-s", "-n", "-t", "fuse.desfs")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"desfs: {store} is mounted read-only\n"
+    assert (mount_dir.path / DAY / "f").read_bytes() == b"content"
+
+
+def test_relative_paths_are_those_of_the_caller(store: Path, tmp_path: Path) -> None:
+    with servers.mount_point(tmp_path / "a b"):
+        done = desfs("mount", os.path.relpath(store, tmp_path), "a b", "-o", "log_file=the.log", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (tmp_path / "a b" / DAY / "f").read_bytes() == b"content"
+        assert (tmp_path / "the.log").exists()
+
+
+def test_a_daemon_holds_nothing_of_its_caller(store: Path, mount_dir: MountPoint) -> None:
+    """Its working directory is the root, its standard streams are closed, and it is in a session of its own."""
+    mount(store, mount_dir.path)
+    pid = daemon_of(mount_dir.path)
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert {os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)} == {os.devnull}
+    assert os.getsid(pid) == pid
+
+
+def test_two_stores_can_be_mounted_side_by_side(store: Path, tmp_path: Path) -> None:
+    put_sharded(tmp_path / "other", DAY, {"g": b"other"})
+    with mounted(store, tmp_path / "one") as one, mounted(tmp_path / "other", tmp_path / "two") as two:
+        assert (one / DAY / "f").read_bytes() == b"content"
+        assert (two / DAY / "g").read_bytes() == b"other"
+
+
+# --- ending ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_foreground(source: object, where: Path, **environ: str) -> Iterator[subprocess.Popen[str]]:
+    with servers.mount_point(where):
+        process = subprocess.Popen(
+            [PROGRAM, "mount", str(source), where, "-f"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environ,
+        )
+        try:
+            wait_until(lambda: servers.is_mounted(where) or process.poll() is not None, "the mount")
+            os.stat(where)
+            yield process
+        finally:
+            process.kill()
+            process.communicate(timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "umount", "fusermount3", "desfs umount"])
+def test_in_the_foreground_it_ends_cleanly(store: Path, tmp_path: Path, how: str) -> None:
+    """`-f` stays in the foreground; SIGTERM, SIGINT and an unmount end it with exit 0, and nothing is mounted then."""
+    where = tmp_path / "mnt"
+    with in_foreground(store, where) as process:
+        assert (where / DAY / "f").read_bytes() == b"content"
+        if how.startswith("SIG"):
+            process.send_signal(getattr(signal, how))
+        elif how == "desfs umount":
+            assert desfs("umount", where).returncode == 0
+        else:
+            subprocess.run([how, *(["-u"] if how == "fusermount3" else []), where], check=True, timeout=PATIENCE_S)
+        assert process.wait(PATIENCE_S) == 0
+        assert not servers.is_mounted(where)
+        assert process.stderr is not None
+        text = process.stderr.read()
+        assert "Traceback" not in text
+        assert "error" not in text.lower()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_daemon_ends_on_a_signal(store: Path, mount_dir: MountPoint, number: int) -> None:
+    mount(store, mount_dir.path)
+    pid = daemon_of(mount_dir.path)
+    os.kill(pid, number)
+    wait_until(lambda: not servers.is_running(pid), "the daemon's end")
+    assert not servers.is_mounted(mount_dir.path)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """An open file; closing it may fail, when its daemon has gone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def test_a_signal_ends_it_while_a_file_is_open(store: Path, mount_dir: MountPoint) -> None:
+    """A file that somebody has open keeps no daemon alive: the mount is gone from the tree."""
+    mount(store, mount_dir.path)
+    pid = daemon_of(mount_dir.path)
+    with opened(mount_dir.path / DAY / "large") as file:
+        assert os.read(file, 10)
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not servers.is_running(pid), "the daemon's end")
+        assert not servers.is_mounted(mount_dir.path)
+
+
+def test_a_signal_ends_it_while_a_read_waits_for_the_store(
+    s3: S3Server, bucket: str, store: Path, tmp_path: Path
+) -> None:
+    """A store that does not answer does not keep the daemon from ending, and whoever waits gets an error."""
+    upload(s3, bucket, store)
+    with CountingProxy(s3.host, s3.port) as proxy, servers.mount_point(tmp_path / "mnt") as point:
+        mount(f"s3://{bucket}", point.path, env=s3.environ(endpoint_url=proxy.url))
+        pid = daemon_of(point.path)
+        assert (point.path / DAY / "f").stat().st_size == 7
+        proxy.delay_s = STALL_S
+        reader = subprocess.Popen(["cat", point.path / DAY / "f"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            count = len(proxy.requests)
+            wait_until(lambda: len(proxy.requests) > count, "the read")
+            os.kill(pid, signal.SIGTERM)
+            began = time.monotonic()
+            wait_until(lambda: not servers.is_running(pid), "the daemon's end")
+            assert time.monotonic() - began < STALL_S
+            assert reader.wait(PATIENCE_S) != 0
+        finally:
+            reader.kill()
+            reader.communicate()
+
+
+def test_after_a_kill_the_next_mount_takes_the_place(store: Path, mount_dir: MountPoint) -> None:
+    """The daemon dies: `Transport endpoint is not connected`, never the empty directory underneath; the next start
+    clears the stale mount."""
+    mount(store, mount_dir.path)
+    pid = daemon_of(mount_dir.path)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not servers.is_running(pid), "the daemon's end")
+    # ECONNABORTED at first: the last of its threads may still be ending.
+    wait_until(lambda: outcome(lambda: os.listdir(mount_dir.path)) == "ENOTCONN", "the dead mount")
+    mount(store, mount_dir.path)
+    assert (mount_dir.path / DAY / "f").read_bytes() == b"content"
+    assert desfs("umount", mount_dir.path).returncode == 0
+    assert os.listdir(mount_dir.path) == []
+
+
+def test_a_late_end_does_not_take_down_a_successor(store: Path, tmp_path: Path) -> None:
+    """A daemon unmounts only a mount that is still its own."""
+    with servers.mount_point(tmp_path / "mnt") as point:
+        mount(store, point.path)
+        first = daemon_of(point.path)
+        point.daemons.append(first)
+        with opened(point.path / DAY / "large") as file:  # keeps the first alive
+            subprocess.run(["fusermount3", "-uz", point.path], check=True, timeout=PATIENCE_S)
+            mount(store, point.path)
+            (second,) = set(servers.mount_daemons(point.path)) - {first}
+            assert os.read(file, 5)
+            os.kill(first, signal.SIGTERM)
+            wait_until(lambda: not servers.is_running(first), "the first daemon's end")
+        assert servers.is_running(second)
+        assert (point.path / DAY / "f").read_bytes() == b"content"
+
+
+def test_unmounting_twice_says_that_nothing_is_mounted(store: Path, mount_dir: MountPoint) -> None:
+    mount(store, mount_dir.path)
+    assert desfs("umount", mount_dir.path).returncode == 0
+    done = desfs("umount", mount_dir.path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- metadata never waits for data -------------------------------------------------------------------------------
+
+
+def test_metadata_is_answered_while_a_hundred_reads_wait(
+    s3: S3Server, bucket: str, store: Path, tmp_path: Path
+) -> None:
+    """`pyfuse3.main` runs at most 99 tasks by default: with 120 stalled reads a `stat` waited 6.5 s. Metadata never
+    waits for data."""
+    put_container(tmp_path / "store" / DAY / "0.des", {f"f{n:03d}": os.urandom(200_000) for n in range(120)})
+    upload(s3, bucket, tmp_path / "store")
+    with (
+        CountingProxy(s3.host, s3.port) as proxy,
+        mounted(f"s3://{bucket}", tmp_path / "mnt", "refresh=600", env=s3.environ(endpoint_url=proxy.url)) as where,
+    ):
+        names = sorted(os.listdir(where / DAY))
+        proxy.delay_s = 3
+        threads = [threading.Thread(target=(where / DAY / name).read_bytes) for name in names]
+        for thread in threads:
+            thread.start()
+        began = time.monotonic()
+        for _ in range(50):
+            assert (where / DAY / names[-1]).stat().st_size == 200_000
+            assert len(os.listdir(where / DAY)) == 120
+        assert time.monotonic() - began < 2.5
+        proxy.delay_s = 0
+        for thread in threads:
+            thread.join()
