@@ -34,6 +34,10 @@ def _pack(order: dict[str, Any], report: int) -> NoReturn:
 
     status = 1
     try:
+        if order["uid"]:
+            os.setgroups([])
+            os.setgid(order["uid"])
+            os.setuid(order["uid"])
         settings = PackerSettings(**order["settings"])
         configure_logs(settings)
         summary = run_packer(order["spool"], order["store"], settings, once=True, effect=effect)

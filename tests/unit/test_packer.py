@@ -13,6 +13,7 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -34,7 +35,7 @@ from desfs.spool import Spool
 from desfs.store import open_store
 from desfs.store.file import FileStore
 from desfs.store.retrying import Retrying
-from tests.crash import PROGRAM, Shown, catalog_rows, rejected, spool_files, unfinished
+from tests.crash import PROGRAM, Shown, catalog_rows, packer_forks, rejected, spool_files, unfinished
 from tests.fakes.faulty_store import FaultyStore
 
 PATIENCE_S = 60.0
@@ -482,43 +483,33 @@ def test_what_cannot_be_stored_is_put_aside_and_the_others_go_on(spool: Path, st
     assert spool_files(spool) == []
 
 
-def test_a_packer_that_is_not_root(tmp_path: Path) -> None:
+def test_a_packer_that_is_not_root() -> None:
     """A file that the packer may not read is put aside; a folder of others that it can change nothing in is named, and
     the exit status says so; the others go on."""
-    spool, store = tmp_path / "spool", tmp_path / "store"
     nobody = 65534
-    for folder in (spool, store):
-        folder.mkdir()
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_mode & 0o005 != 0o005 and parent != Path("/"):
-            pytest.MonkeyPatch().undo()
-            parent.chmod(parent.stat().st_mode | 0o005)
-    write(spool / "good", b"good")
-    write(spool / "mine", b"mine").chmod(0o000)
-    write(spool / "roots", b"root's, and readable")
-    for path in (spool, store, spool / "good", spool / "mine"):
-        os.chown(path, nobody, nobody)
-    as_nobody = ["setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups", "--"]
-    command = [*as_nobody, str(PROGRAM), "packer", "--once", "--spool", str(spool), "--store", str(store)]
-    command += ["--settle", "0"]
-
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd="/", capture_output=True, text=True, timeout=PATIENCE_S, check=False, env={"HOME": "/"}
-        )
-
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert rejected(spool) == {"mine": "mine: cannot be taken: Permission denied\n"}
-    assert shown(store).contents == {"good": b"good", "roots": b"root's, and readable"}
-    (spool / "closed").mkdir(mode=0o700)
-    write(spool / "roots folder/a", b"a")
-    os.chown(write(spool / "later", b"later"), nobody, nobody)
-    done = run()
-    assert done.returncode == 1
-    assert "roots folder/a: cannot be taken: Permission denied" in done.stderr
-    assert "closed: cannot be read: Permission denied" in done.stderr
-    assert shown(store).contents["later"] == b"later"
+    # Not below tmp_path, which is root's alone; forked, because a user may not be able to run what root has installed.
+    with tempfile.TemporaryDirectory() as folder, packer_forks() as forks:
+        os.chmod(folder, 0o755)
+        spool, store = Path(folder) / "spool", Path(folder) / "store"
+        spool.mkdir()
+        store.mkdir()
+        write(spool / "good", b"good")
+        write(spool / "mine", b"mine").chmod(0o000)
+        write(spool / "roots", b"root's, and readable")
+        for path in (spool, store, spool / "good", spool / "mine"):
+            os.chown(path, nobody, nobody)
+        done = forks.run(spool, str(store), uid=nobody, settle=0, log_level="error")
+        assert done.status == 0, done
+        assert rejected(spool) == {"mine": "mine: cannot be taken: Permission denied\n"}
+        assert shown(store).contents == {"good": b"good", "roots": b"root's, and readable"}
+        (spool / "closed").mkdir(mode=0o700)
+        write(spool / "roots folder/a", b"a")
+        os.chown(write(spool / "later", b"later"), nobody, nobody)
+        done = forks.run(spool, str(store), uid=nobody, settle=0, log_level="error")
+        assert done.status == 1
+        assert "roots folder/a: cannot be taken: Permission denied" in done.message
+        assert "closed: cannot be read: Permission denied" in done.message
+        assert shown(store).contents["later"] == b"later"
 
 
 def test_a_path_that_is_too_long_does_not_stop_the_others(spool: Path, store: Path) -> None:
