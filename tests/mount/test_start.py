@@ -25,7 +25,7 @@ pytestmark = pytest.mark.fuse
 
 DAY = "2026-11-20"
 LIMIT_S = 15.0
-STALL_S = 8.0  # well over what a daemon gives its requests at its end
+STALL_S = 6.0  # well over what a daemon gives its requests at its end
 
 
 @pytest.fixture(scope="module")
@@ -363,10 +363,10 @@ def test_metadata_is_answered_while_a_hundred_reads_wait(
         for thread in threads:
             thread.start()
         began = time.monotonic()
-        for _ in range(50):
+        for _ in range(10):
             assert (where / DAY / names[-1]).stat().st_size == 200_000
             assert len(os.listdir(where / DAY)) == 120
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < proxy.delay_s
         proxy.delay_s = 0
         for thread in threads:
             thread.join()

@@ -129,7 +129,7 @@ class Model:
 
 
 @given(days())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @example([files("3.des", b"a"), files("4.des", b"a/b")])
 @example([files("3.des", b"a/b"), files("3-000001.des", b"a", deleted=[b"a/b"])])
 @example([files("3-1.des", b"a", mtime_s=1), files("3-000001.des", b"a")])
@@ -155,7 +155,7 @@ def test_a_day_shows_what_the_model_says(containers: list[Container]) -> None:
 
 
 @given(days(), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_order_in_which_containers_were_seen_decides_nothing_but_the_order_of_names(
     containers: list[Container], shuffle: Random
 ) -> None:
@@ -257,7 +257,7 @@ def read_on(tree: DayTree, path: bytes, after: int, count: int | None = None) ->
 
 
 @given(days(), st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_reading_on_behind_any_position_gives_the_rest(containers: list[Container], step: int) -> None:
     tree = day(*containers)
     for path in [b"", *(path for path, where in walked(tree) if where.member is None)]:
@@ -288,7 +288,7 @@ def changing_days(draw: st.DrawFn) -> tuple[list[Container], list[int], list[Con
 
 
 @given(changing_days(), st.integers(0, 8))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_positions_hold_while_containers_come_and_go(
     change: tuple[list[Container], list[int], list[Container]], first: int
 ) -> None:
