@@ -20,7 +20,7 @@ def configure_logs(settings: StoreSettings, *, detached: bool = False) -> None:
     logs to the system's log, where there is one. Raises: OSError for a log file that cannot be opened."""
     handler: logging.Handler
     if settings.log_file is not None:
-        handler = logging.FileHandler(settings.log_file)
+        handler = logging.FileHandler(settings.log_file, encoding="utf-8", errors="backslashreplace")
     elif detached and os.path.exists(_SYSLOG):
         handler = logging.handlers.SysLogHandler(_SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
         handler.ident = f"desfs[{os.getpid()}]: "

@@ -91,6 +91,7 @@ class PackerSettings(StoreSettings):
     max_container_files: int = Field(default=65_536, ge=1)
     max_batch_files: int = Field(default=50_000, ge=1)
     max_file_size: Size = 5 * 1024**4  # S3 holds no larger object
+    temporary: str = "*.tmp,*.part"
     big_file_threshold: Annotated[Size, Field(ge=1)] = BIG_FILE_THRESHOLD
     shard_bits: int | None = Field(default=None, ge=1, le=32)
     naming: Literal["path", "assigned"] | None = None

@@ -26,8 +26,9 @@ import os
 import re
 import signal
 import stat
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -61,6 +62,10 @@ Effect = Callable[[str], None]
 
 class FileChanged(DesfsError):
     """A claimed file was written to, or is about to be: it goes back."""
+
+
+class LeaseRefused(DesfsError):
+    """The kernel gives leases on a file to its owner and to holders of CAP_LEASE alone (fcntl(2))."""
 
 
 class Kind(Enum):
@@ -134,6 +139,7 @@ class Spool:
         *,
         settle_s: float = 2.0,
         max_file_size: int = 5 * 1024**4,
+        temporary: Sequence[str] = TEMPORARY_PATTERNS,
         clock: Callable[[], float] = time.time,
         effect: Effect = lambda name: None,
     ) -> None:
@@ -146,6 +152,7 @@ class Spool:
         self._max_path = MAX_PATH - len(os.fsencode(self.root)) - _CLAIM_PREFIX
         self._settle_s = settle_s
         self._max_file_size = max_file_size
+        self._temporary = tuple(temporary)
         self._clock = clock
         self._effect = effect
         self._lock_file: IO[bytes] | None = None
@@ -242,7 +249,7 @@ class Spool:
             return self._unsuitable(path, status, reason)
         if not self._is_settled(status):
             return Found(path, Kind.WAITING, status.st_size)
-        if is_temporary(path) and abs(self._clock() - status.st_ctime) < TEMPORARY_WAIT_S:
+        if is_temporary(path, self._temporary) and abs(self._clock() - status.st_ctime) < TEMPORARY_WAIT_S:
             return Found(path, Kind.TEMPORARY, status.st_size)
         return Found(path, Kind.SETTLED, status.st_size)
 
@@ -250,7 +257,7 @@ class Spool:
         """Take a file: False if it went away or became something else, is held open by a writer, or somebody is about
         to write to it.
 
-        Raises: PermissionError for a file that we may not read; OSError.
+        Raises: PermissionError for a file that we may not read; LeaseRefused for one of another user; OSError.
         """
         folder, _, name = path.rpartition("/")
         try:
@@ -298,8 +305,7 @@ class Spool:
     def reject(self, path: str, reason: str, *, batch: str | None = None) -> None:
         """Put a file, or a folder with all in it, aside for good, with the reason beside it. Raises: OSError."""
         folder, _, name = path.rpartition("/")
-        place = self.internal / "rejected" / f"{time.time_ns():x}"
-        place.mkdir()
+        place = Path(tempfile.mkdtemp(prefix=f"{time.time_ns():x}-", dir=self.internal / "rejected"))
         target = place / (name if name != "reason.txt" else "reason.txt.file")
         self._effect(f"write reason {path}")
         (place / "reason.txt").write_text(f"{path}: {reason}\n", encoding="utf-8", errors="backslashreplace")
@@ -465,14 +471,19 @@ def _rename_to_free_name(source: Path, name: str, folder: int) -> None:
 def take_lease(descriptor: int) -> bool:
     """A read lease on an open file: False when somebody has it open for writing. It goes with the descriptor.
 
-    File systems without leases (NFS, some FUSE) are trusted by the settle time alone.
+    File systems without leases (NFS, some FUSE) are trusted by the settle time alone. Raises: LeaseRefused where
+    nothing can tell whether somebody writes.
     """
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
         if error.errno == errno.EAGAIN:
             return False
-        if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise LeaseRefused(
+                "whether a writer holds it open cannot be told: run the packer as its owner, as root, or with CAP_LEASE"
+            ) from error
+        if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
     return True
 

@@ -41,6 +41,9 @@ def packer(
     max_container_files: Annotated[int | None, typer.Option(help="Cut containers here. [65536]")] = None,
     max_batch_files: Annotated[int | None, typer.Option(help="Files taken at a time. [50000]")] = None,
     max_file_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Larger files are put aside. [5T]")] = None,
+    temporary: Annotated[
+        str | None, typer.Option(metavar="PATTERNS", help="Names whose owner will rename them. [*.tmp,*.part]")
+    ] = None,
     big_file_threshold: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Files of this size and more become objects of their own. [100M]")
     ] = None,

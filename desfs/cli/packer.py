@@ -23,6 +23,7 @@ def run(spool: str, store: str, once: bool, options: dict[str, Any]) -> int:
     from pydantic import ValidationError
 
     from assignment.client import AssignmentError
+    from des_format.errors import DesFormatError
     from desfs.logs import configure_logs
     from desfs.packer.run import run_packer
     from desfs.settings import PackerSettings
@@ -38,7 +39,7 @@ def run(spool: str, store: str, once: bool, options: dict[str, Any]) -> int:
             summary = run_packer(spool, store, settings, once=once, progress=progress)
     except UsageError as error:
         return _fail(str(error), EXIT_USAGE)
-    except (DesfsError, AssignmentError, OSError) as error:
+    except (DesfsError, DesFormatError, AssignmentError, OSError) as error:
         return _fail(str(error), EXIT_FAILURE)
     print(describe(summary))
     for failure in summary.failures:

@@ -13,10 +13,11 @@ from typing import Any
 
 import google_crc32c
 
+from des_format.errors import SizeMismatch
 from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import external_key
 from des_format.writer import DesWriter, ReadableBytes
-from desfs.errors import ObjectExists, StoreError
+from desfs.errors import DesfsError, ObjectExists, StoreError
 from desfs.packer.batch import Cut, Item
 from desfs.spool import FileChanged, FileState, Spool, lease_is_broken, take_lease
 from desfs.store.retrying import Retrying
@@ -24,6 +25,10 @@ from desfs.store.retrying import Retrying
 _IN_MEMORY = 4 * 1024 * 1024  # bytes: larger files are streamed
 _CHUNK = 1024 * 1024
 _PERMISSIONS = 0o7777
+
+
+class FileUnreadable(DesfsError):
+    """A claimed file cannot be read: it is put aside, and does not hold up the others."""
 
 
 class Checksums:
@@ -35,8 +40,11 @@ class Checksums:
         self._crc32c = 0
 
     def read(self, size: int) -> bytes:
-        """As of the source."""
-        data = self._source.read(size)
+        """As of the source. Raises: FileUnreadable."""
+        try:
+            data = self._source.read(size)
+        except OSError as error:
+            raise FileUnreadable(str(error.strerror)) from error
         self._sha256.update(data)
         self._crc32c = google_crc32c.extend(self._crc32c, data)
         return data
@@ -87,10 +95,10 @@ class Builder:
             for item in plan.items:
                 try:
                     self._add(writer, batch, item, key)
-                except FileChanged:
+                except (FileChanged, SizeMismatch):
                     built.changed.append(item)
-                except PermissionError as error:
-                    built.unreadable.append((item, error.strerror or "permission denied"))
+                except FileUnreadable as error:
+                    built.unreadable.append((item, str(error)))
                 else:
                     built.items.append(item)
             if not built.items:
@@ -99,9 +107,15 @@ class Builder:
         return built
 
     def _add(self, writer: DesWriter, batch: str, item: Item, key: str) -> None:
-        """Add one file, read under a lease and checked afterwards. Raises: FileChanged; PermissionError."""
+        """Add one file, read under a lease and checked afterwards.
+
+        Raises: FileChanged, SizeMismatch; FileUnreadable.
+        """
         path = self._spool.claimed(batch, item.path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise FileUnreadable(str(error.strerror)) from error
         with open(descriptor, "rb", buffering=0) as source:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or FileState.of(status) != item.state or not take_lease(descriptor):

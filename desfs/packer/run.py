@@ -8,11 +8,13 @@ import socket
 from collections.abc import Callable
 
 from assignment.client import open_embedded
+from desfs.errors import UsageError
 from desfs.packer.layout import settle_layout
 from desfs.packer.worker import Packer, Summary
 from desfs.settings import PackerSettings
 from desfs.spool import Spool
 from desfs.store import open_store
+from desfs.store.url import local_root
 
 
 def run_packer(
@@ -28,7 +30,16 @@ def run_packer(
 
     Raises: UsageError; StoreError; AssignmentError; OSError.
     """
-    spool = Spool(spool_path, settle_s=settings.settle, max_file_size=settings.max_file_size, effect=effect)
+    spool = Spool(
+        spool_path,
+        settle_s=settings.settle,
+        max_file_size=settings.max_file_size,
+        temporary=[pattern for pattern in settings.temporary.split(",") if pattern],
+        effect=effect,
+    )
+    root = local_root(store_url)
+    if root is not None and root.resolve().is_relative_to(spool.root.resolve()):
+        raise UsageError(f"the store {store_url} is inside the spool {spool_path}: its containers would be packed")
     spool.lock()
     try:
         return asyncio.run(_run(spool, store_url, settings, once, progress, effect))
@@ -58,8 +69,13 @@ async def _run(
                 settings = settings.model_copy(update={"holder": f"{socket.gethostname()}:{spool.root}"})
             packer = Packer(spool, store, client, layout, settings, effect=effect, progress=progress)
             loop = asyncio.get_running_loop()
+
+            def stop(number: signal.Signals) -> None:
+                packer.stop()
+                loop.remove_signal_handler(number)  # a second one ends the packer at once: its journals stay
+
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, packer.stop)
+                loop.add_signal_handler(number, stop, number)
             return await (packer.run_once() if once else packer.run())
     finally:
         store.close()

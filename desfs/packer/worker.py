@@ -47,13 +47,13 @@ from des_format.shards import hex_group, parse_container_name, part_name, placem
 from des_format.source import DEFAULT_TAIL
 from desfs import metrics
 from desfs.container import StoreSource
-from desfs.errors import DesfsError, ObjectExists
+from desfs.errors import DesfsError, ObjectExists, StoreError
 from desfs.packer.batch import Cut, Item, cut
 from desfs.packer.build import Builder, Built
 from desfs.packer.journal import VERSION, Journal, JournalContainer, JournalFile, new_batch_name
 from desfs.packer.layout import StoreLayout
 from desfs.settings import PackerSettings
-from desfs.spool import FileState, Found, Kind, Spool
+from desfs.spool import FileState, Found, Kind, LeaseRefused, Spool
 from desfs.store.base import ObjectInfo
 from desfs.store.retrying import Retrying
 
@@ -113,6 +113,7 @@ class Packer:
         self._emptied: set[str] = set()
         self._stop = asyncio.Event()
         self._journal_lock = asyncio.Lock()
+        self._spool_lock = asyncio.Lock()  # a Spool is for one thread at a time
         self._oldest_settled: float | None = None
 
     def stop(self) -> None:
@@ -160,7 +161,7 @@ class Packer:
                     await self._take(found)
                 await self._remove_emptied(wait=False)
                 delay = self._settings.scan_interval
-            except (DesfsError, AssignmentError, OSError) as error:
+            except (DesfsError, DesFormatError, AssignmentError, OSError) as error:
                 delay = min(delay * 2, 60.0)
                 log.error("packing failed, the files wait", error=str(error), next_try_s=round(delay, 1))
             await self._pause(delay)
@@ -240,6 +241,8 @@ class Packer:
                     self._emptied.add(os.path.dirname(path))
             except PermissionError as error:
                 self._reject(path, f"cannot be taken: {error.strerror}")
+            except LeaseRefused as error:
+                self._fail(f"{path}: {error}")
             except OSError as error:
                 self._fail(f"{path}: cannot be claimed: {error.strerror}")
         if not claimed:
@@ -250,8 +253,14 @@ class Packer:
         """Finish the batches that a packer before us, or a failure, has left. Oldest first: a newer version of a file
         must get the newer generation."""
         for batch in await asyncio.to_thread(self._spool.batches):
-            if not self._stop.is_set():
+            if self._stop.is_set():
+                return
+            try:
                 await self._publish(batch)
+            except (StoreError, AssignmentError):
+                raise  # the next batch would fare no better
+            except (DesfsError, DesFormatError, OSError) as error:
+                self._fail(f"batch {batch} stays in .desfs: {error}")
 
     async def _publish(self, batch: str) -> None:
         """Bring a batch from whatever state it is in to its end."""
@@ -391,17 +400,23 @@ class Packer:
     ) -> None:
         async with limit:
             built = await asyncio.to_thread(self._builder.build, batch, plan, container.key)
-            if built.changed or built.unreadable:
-                # A restart deletes what the journal says is in a committed container: it must not say too much.
-                container.files = {item.path: container.files[item.path] for item in built.items}
-                await self._write_journal(batch, journal)
-            if built.path is not None:
-                size = built.path.stat().st_size
-                etag = await self._put(batch, journal, container, built, leases)
-                lease = await leases.of(plan.day, plan.shard)
-                await self._commit(lease, _record(container, len(built.items), size, etag))
-                self._count([item.state.size for item in built.items])
-            await asyncio.to_thread(self._after_commit, batch, built)
+            try:
+                if built.changed or built.unreadable:
+                    # A restart deletes what the journal says is in a committed container: it must not say too much.
+                    container.files = {item.path: container.files[item.path] for item in built.items}
+                    await self._write_journal(batch, journal)
+                if built.path is not None:
+                    size = built.path.stat().st_size
+                    etag = await self._put(batch, journal, container, built, leases)
+                    lease = await leases.of(plan.day, plan.shard)
+                    await self._commit(lease, _record(container, len(built.items), size, etag))
+                    self._count([item.state.size for item in built.items])
+            finally:
+                # Also when it was not put: the next try builds it anew, under another key.
+                if built.path is not None:
+                    built.path.unlink(missing_ok=True)
+            async with self._spool_lock:
+                await asyncio.to_thread(self._after_commit, batch, built)
             self._progress(self.summary, -1)
 
     async def _put(
@@ -452,8 +467,6 @@ class Packer:
             self._give_back(batch, item.path)
         for item, reason in built.unreadable:
             self._reject(item.path, f"cannot be read: {reason}", batch=batch)
-        if built.path is not None:
-            built.path.unlink()
 
     def _delete_packed(self, batch: str, container: JournalContainer) -> None:
         for path, file in container.files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from desfs.errors import StoreError, UsageError
@@ -37,6 +38,14 @@ def open_store(
     from desfs.store.s3 import S3Store
 
     return Retrying(S3Store(bucket, prefix, s3_options or S3Options()), deadline_s)
+
+
+def local_root(url: str) -> Path | None:
+    """The directory behind a URL that `open_store` takes, or None for a store that is no directory."""
+    scheme = _SCHEME.match(url)
+    if scheme is None:
+        return Path(url).absolute()
+    return Path(_path_of(url)) if scheme[1].lower() == "file" else None
 
 
 def _path_of(url: str) -> str:
