@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
-from hashlib import sha256
 
 import google_crc32c
 import msgspec
@@ -125,29 +125,57 @@ class MetaColumns:
         work = np.cumsum(np.where(repeats, 0, lengths.astype(np.int64)))
         return int(np.searchsorted(work, 2 * region, "right"))
 
+    def verifier(self, index: Index, row: int) -> PayloadVerifier | None:
+        """What checks a payload against the checksum that META has for it; None if it has none."""
+        if self.has_crc32c[row]:
+            return PayloadVerifier(index, row, crc32c=f"{int(self.crc32c[row]):08x}")
+        return PayloadVerifier(index, row, sha256=self.sha256[row]) if row in self.sha256 else None
+
     def verify(self, index: Index, row: int, payload: Buffer) -> None:
         """Compare a payload with the checksum that META has for it, if any. Raises: CorruptEntry."""
-        if self.has_crc32c[row]:
-            verify_payload({"crc32c": f"{int(self.crc32c[row]):08x}"}, payload, index, row)
-        elif row in self.sha256:
-            verify_payload({"sha256": self.sha256[row]}, payload, index, row)
+        _verify(self.verifier(index, row), payload)
+
+
+class PayloadVerifier:
+    """Takes the checksum of one payload, piece by piece, by CRC-32C or else by SHA-256. One thread at a time."""
+
+    def __init__(self, index: Index, row: int, *, crc32c: str | None = None, sha256: str = "") -> None:
+        self._index = index
+        self._row = row
+        self._wanted = sha256 if crc32c is None else crc32c
+        self._crc32c = 0
+        self._sha256 = hashlib.sha256() if crc32c is None else None
+
+    def update(self, piece: Buffer) -> None:
+        """Take the next bytes."""
+        if self._sha256 is not None:
+            self._sha256.update(piece)
+        else:
+            self._crc32c = google_crc32c.extend(self._crc32c, bytes(piece))
+
+    def check(self) -> None:
+        """After the last piece. Raises: CorruptEntry."""
+        found = f"{self._crc32c:08x}" if self._sha256 is None else self._sha256.hexdigest()
+        if found != self._wanted:
+            raise CorruptEntry(
+                f"{self._index.container}: {self._index.entry(self._row).name!r}: payload at byte "
+                f"{int(self._index.data_offset[self._row])}: found a checksum of {found}, want {self._wanted}"
+            )
+
+
+def _verify(verifier: PayloadVerifier | None, payload: Buffer) -> None:
+    if verifier is not None:
+        verifier.update(payload)
+        verifier.check()
 
 
 def verify_payload(meta: Mapping[str, object], payload: Buffer, index: Index, row: int) -> None:
     """Compare a payload with the `crc32c`, else the `sha256` of its metadata. Raises: CorruptEntry."""
-    wanted, found = meta.get("crc32c"), ""
-    if isinstance(wanted, str) and _is_hex(wanted.encode("utf-8", "surrogatepass"), 8):
-        found = f"{google_crc32c.value(bytes(payload)):08x}"
-    else:
-        wanted = meta.get("sha256")
-        if not isinstance(wanted, str) or not _is_hex(wanted.encode("utf-8", "surrogatepass"), 64):
+    for key, digits in (("crc32c", 8), ("sha256", 64)):
+        wanted = meta.get(key)
+        if isinstance(wanted, str) and _is_hex(wanted.encode("utf-8", "surrogatepass"), digits):
+            _verify(PayloadVerifier(index, row, **{key: wanted}), payload)
             return
-        found = sha256(payload).hexdigest()
-    if found != wanted:
-        raise CorruptEntry(
-            f"{index.container}: {index.entry(row).name!r}: payload at byte {int(index.data_offset[row])}: "
-            f"found a checksum of {found}, want {wanted}"
-        )
 
 
 def _nanoseconds(number: bytes) -> int:

@@ -84,4 +84,6 @@ def external_keys(container_key: str, name: str, recorded: object = None, *, roo
     if inside != name and not inside.endswith(f"/{name}"):
         return [by_rule]
     key = recorded if recorded.startswith(root) else root + recorded
-    return [by_rule] if key == by_rule else [key, by_rule]
+    # Under the rule's own name it may have been copied along with its store; elsewhere in the folder it is a version of
+    # its own, and what lies at the rule's place another one.
+    return [key, by_rule] if inside == name and key != by_rule else [key]

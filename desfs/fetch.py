@@ -20,30 +20,37 @@ from des_format.layout import EXTERNAL
 from des_format.plan import plan_gets
 from desfs import metrics
 from desfs.container import LoadedContainer, read_external
-from desfs.errors import DeadlineExceeded
+from desfs.errors import DeadlineExceeded, ObjectReplaced
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo, Store
 from desfs.window import neighbourhood
 
 T = TypeVar("T")
 
-EXTERNAL_BLOCK = 4 * 1024 * 1024  # bytes: long enough that its round trip costs little, short enough to wait for
+BLOCK = 4 * 1024 * 1024  # bytes: long enough that its round trip costs little, short enough to wait for
 MAX_REQUEST = 8 * 1024 * 1024  # bytes: larger payloads come in parallel ranges
 MAX_INFLIGHT = 256 * 1024 * 1024  # bytes being fetched at a time
 STORE_THREADS = 32
 
-# slot; row; block of an external payload, or -1 for a whole internal one. META: slot, _META, first byte.
+# Larger internal payloads are verified in one pass and served in blocks: they need not fit into the cache as a whole.
+LARGE_PAYLOAD = 16 * 1024 * 1024
+
+# slot; row; block of a large payload, or one of the values below. META: slot, _META, first byte.
 _BlockKey = tuple[int, int, int]
-_META = -1
+_META = -1  # for a row
+_WHOLE = -1  # for a block: the payload, verified
+_VERIFIED = -2  # for a block: nothing, but that the payload has been verified
 
 
 @dataclass(eq=False, slots=True)
 class OpenContainer:
-    """A container with a slot. `externals` has the ETag of each external object that has been read."""
+    """A container with a slot. `externals` has the ETag of each external object that has been read, `verified` the rows
+    of large internal payloads that matched their checksum."""
 
     loaded: LoadedContainer
     slot: int
     externals: dict[int, str] = field(default_factory=dict)
+    verified: set[int] = field(default_factory=set)
 
     @property
     def info(self) -> ObjectInfo:
@@ -51,21 +58,28 @@ class OpenContainer:
 
 
 class StoreThreads:
-    """Runs the blocking store in threads of its own limit. A cancelled call goes on in its thread: a GET's answer is
-    thrown away."""
+    """Runs the blocking store in threads. Listings and indexes have threads of their own: they never wait for payloads.
+    A cancelled call goes on in its thread: a GET's answer is thrown away."""
 
     def __init__(self, store: Store, deadline_s: float = 60.0, limit: int = STORE_THREADS) -> None:
         self.store = store
         # The store ends its tries by the deadline, and a try by its time-outs. A server that sends a byte now and then
         # escapes both: twice the deadline ends any call.
         self._limit_s = 2 * deadline_s
-        self._limiter = trio.CapacityLimiter(limit)
+        self._metadata = trio.CapacityLimiter(limit)
+        self._payloads = trio.CapacityLimiter(limit)
 
     async def run(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Call a blocking function in a thread. Raises: DeadlineExceeded; what the function raises."""
-        call = partial(function, *arguments, **options)
+        """Call a blocking function that lists or opens. Raises: DeadlineExceeded; what the function raises."""
+        return await self._call(self._metadata, partial(function, *arguments, **options))
+
+    async def fetch(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Call a blocking function that brings payloads. Raises: as run."""
+        return await self._call(self._payloads, partial(function, *arguments, **options))
+
+    async def _call(self, limiter: trio.CapacityLimiter, call: Callable[[], T]) -> T:
         with trio.move_on_after(self._limit_s):
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
         raise DeadlineExceeded(f"{self.store.url}: no answer within {self._limit_s:g} s")
 
 
@@ -113,6 +127,10 @@ class BlockCache:
             self._blocks.move_to_end(key)
         return block
 
+    def drop(self, key: _BlockKey) -> None:
+        """Forget a block, if it is there."""
+        self.bytes -= len(self._blocks.pop(key, b""))
+
     def put(self, key: _BlockKey, block: bytes) -> None:
         """Keep a block; older ones make room. A block larger than the whole cache is not kept."""
         if len(block) > self._max_bytes:
@@ -128,12 +146,18 @@ class _Flight:
     """One fetch under way. `error` is for those who wait; a leader that was cancelled leaves none, and one of them
     leads again."""
 
-    __slots__ = ("done", "error", "found")
+    __slots__ = ("done", "error", "found", "wanted")
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: _BlockKey) -> None:
+        self.wanted = wanted
         self.done = trio.Event()
         self.error: Exception | None = None
         self.found: dict[_BlockKey, bytes] = {}
+
+
+# container, row, key, start, stop within the payload -> the keys that a fetch brings, and the fetch
+_BlockPlan = Callable[[OpenContainer, int, _BlockKey, int, int], tuple[list[_BlockKey], Callable[[], Any]]]
+_PASS = 8 * BLOCK  # bytes fetched at a time by a pass over a large payload
 
 
 class Fetcher:
@@ -159,10 +183,15 @@ class Fetcher:
         index.check_readable(row)
         stop = min(offset + size, int(index.data_length[row]))
         if index.flags[row] & EXTERNAL:
-            return await self._read_external(container, row, offset, stop)
+            return await self._read_blocks(self._fetch_external, container, row, offset, stop)
         if offset >= stop:
             return b""
-        payload = await self._block((container.slot, row, -1), lambda: self._fetch_payloads(container, row))
+        if index.data_length[row] > LARGE_PAYLOAD:
+            if row not in container.verified:
+                key = (container.slot, row, _VERIFIED)
+                await self._block(key, partial(self._verify_large, container, row, key))
+            return await self._read_blocks(self._fetch_internal, container, row, offset, stop)
+        payload = await self._block((container.slot, row, _WHOLE), lambda: self._fetch_payloads(container, row))
         return memoryview(payload)[offset:stop]
 
     async def meta(self, container: OpenContainer, start: int, stop: int, window: int) -> bytes:
@@ -198,11 +227,12 @@ class Fetcher:
             await flight.done.wait()
             if key in flight.found:
                 return flight.found[key]
-            if flight.error is not None:
+            # Damage is that of the row which the leader wanted; a neighbour's reader looks for itself.
+            if flight.error is not None and (key == flight.wanted or not isinstance(flight.error, CorruptEntry)):
                 raise flight.error
 
     async def _lead(self, key: _BlockKey, keys: list[_BlockKey], fetch: Callable[[], Any]) -> bytes:
-        flight = _Flight()
+        flight = _Flight(key)
         for each in keys:
             self._flights[each] = flight
         try:
@@ -221,16 +251,16 @@ class Fetcher:
     def _fetch_payloads(self, container: OpenContainer, row: int) -> tuple[list[_BlockKey], Callable[[], Any]]:
         rows = [row]
         for neighbour in neighbourhood(container.loaded.index, row)[1:]:
-            key = (container.slot, neighbour, -1)
+            key = (container.slot, neighbour, _WHOLE)
             if key in self._flights or key in self.cache:
                 break
             rows.append(neighbour)
 
         async def fetch() -> dict[_BlockKey, bytes]:
             payloads = await self._payloads(container, rows)
-            return {(container.slot, each, -1): payload for each, payload in payloads.items()}
+            return {(container.slot, each, _WHOLE): payload for each, payload in payloads.items()}
 
-        return [(container.slot, each, -1) for each in rows], fetch
+        return [(container.slot, each, _WHOLE) for each in rows], fetch
 
     async def _payloads(self, container: OpenContainer, rows: list[int]) -> dict[int, bytes]:
         """The verified payloads of adjacent rows. The first is wanted, and its damage an error; the others are a
@@ -271,7 +301,7 @@ class Fetcher:
         pieces: list[bytes] = [b""] * len(gets)
 
         async def get(place: int, low: int, high: int) -> None:
-            answer = await self._threads.run(
+            answer = await self._threads.fetch(
                 self._threads.store.get_range, container.info.key, low, high, if_match=container.info.etag
             )
             pieces[place] = answer.data
@@ -280,20 +310,64 @@ class Fetcher:
             await _in_parallel(partial(get, place, *each) for place, each in enumerate(gets))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def _read_external(self, container: OpenContainer, row: int, offset: int, stop: int) -> bytes | memoryview:
+    async def _read_blocks(
+        self, plan: _BlockPlan, container: OpenContainer, row: int, offset: int, stop: int
+    ) -> bytes | memoryview:
         size = int(container.loaded.index.data_length[row])
         parts: list[bytes | memoryview] = []
         at = offset
         while True:
-            number = at // EXTERNAL_BLOCK
-            start = number * EXTERNAL_BLOCK
-            end = min(start + EXTERNAL_BLOCK, size)
+            number = at // BLOCK
+            start = number * BLOCK
+            end = min(start + BLOCK, size)
             key = (container.slot, row, number)
-            block = await self._block(key, partial(self._fetch_external, container, row, key, start, end))
+            block = await self._block(key, partial(plan, container, row, key, start, end))
             parts.append(memoryview(block)[at - start : stop - start])
             at = end
             if at >= stop:
                 return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _verify_large(
+        self, container: OpenContainer, row: int, key: _BlockKey
+    ) -> tuple[list[_BlockKey], Callable[[], Any]]:
+        async def fetch() -> dict[_BlockKey, bytes]:
+            try:
+                await self._pass_over(container, row)
+            except CorruptEntry as error:
+                metrics.CHECKSUM_FAILURES.inc()
+                try:
+                    await self._pass_over(container, row)  # once more: it may be the way's fault, not the store's
+                except CorruptEntry:
+                    self._problems.report(container.info.key, str(error))
+                    raise
+            container.verified.add(row)
+            return {key: b""}
+
+        return [key], fetch
+
+    async def _pass_over(self, container: OpenContainer, row: int) -> None:
+        """Verify a large payload, a few blocks in memory at a time; those that the cache keeps are read from there."""
+        index = container.loaded.index
+        verifier = container.loaded.meta.verifier(index, row)
+        if verifier is None:
+            return
+        start = int(index.data_offset[row])
+        size = int(index.data_length[row])
+        for at in range(0, size, _PASS):
+            data = await self._range(container, start + at, start + min(at + _PASS, size))
+            await trio.to_thread.run_sync(verifier.update, data)
+            for low in range(0, len(data), BLOCK):
+                self.cache.put((container.slot, row, (at + low) // BLOCK), data[low : low + BLOCK])
+        verifier.check()
+
+    def _fetch_internal(
+        self, container: OpenContainer, row: int, key: _BlockKey, start: int, stop: int
+    ) -> tuple[list[_BlockKey], Callable[[], Any]]:
+        async def fetch() -> dict[_BlockKey, bytes]:
+            offset = int(container.loaded.index.data_offset[row])
+            return {key: await self._range(container, offset + start, offset + stop)}
+
+        return [key], fetch
 
     def _fetch_external(
         self, container: OpenContainer, row: int, key: _BlockKey, start: int, stop: int
@@ -303,7 +377,7 @@ class Fetcher:
             recorded = container.loaded.meta.external_key.get(row)
             async with self._budget.taken(stop - start):
                 try:
-                    answer = await self._threads.run(
+                    answer = await self._threads.fetch(
                         read_external,
                         self._threads.store,
                         container.info.key,
@@ -317,10 +391,24 @@ class Fetcher:
                 except CorruptEntry as error:
                     self._problems.report(container.info.key, str(error))
                     raise
-            container.externals[row] = answer.etag
+                except ObjectReplaced:
+                    self._forget_external(container, row)
+                    raise
+            # Two first reads at once name no version: the one that comes second must have seen the same.
+            if container.externals.setdefault(row, answer.etag) != answer.etag:
+                self._forget_external(container, row)
+                raise ObjectReplaced(
+                    f"{container.info.key}: {index.entry(row).name!r}: its external object was replaced"
+                )
             return {key: answer.data}
 
         return [key], fetch
+
+    def _forget_external(self, container: OpenContainer, row: int) -> None:
+        """Whoever reads the file next sees the version that is there then."""
+        container.externals.pop(row, None)
+        for number in range(-(-int(container.loaded.index.data_length[row]) // BLOCK)):
+            self.cache.drop((container.slot, row, number))
 
 
 async def _in_parallel(calls: Iterable[Callable[[], Any]]) -> None:

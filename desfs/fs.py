@@ -203,7 +203,7 @@ class FileSystem:
         container, row = self._file(inode)
         values = await self._current(container, self._xattrs.of(container, row))
         if name not in values:
-            raise NoSuchAttribute(name.decode())
+            raise NoSuchAttribute(name.decode("utf-8", "backslashreplace"))
         return values[name]
 
     async def xattr_names(self, inode: int) -> list[bytes]:

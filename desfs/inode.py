@@ -53,12 +53,16 @@ class Slots(Generic[T]):
 
     def __init__(self) -> None:
         self._containers: dict[int, T] = {}
+        # Of each slot ever given, the version: what the kernel and the caches keep of it must not become another's.
+        self._versions: dict[int, tuple[str, str]] = {}
 
     def add(self, key: str, etag: str, make: Callable[[int], T]) -> T:
         """Give a container its slot: `make` is called with it."""
+        version = (key, etag)
         slot = xxhash.xxh3_64_intdigest(f"{key}\0{etag}".encode()) & ((1 << _SLOT_BITS) - 1)
-        while slot == 0 or slot in self._containers:
+        while slot == 0 or slot in self._containers or self._versions.get(slot, version) != version:
             slot = (slot + 1) & ((1 << _SLOT_BITS) - 1)
+        self._versions[slot] = version
         container = self._containers[slot] = make(slot)
         return container
 

@@ -43,9 +43,7 @@ def check_mountpoint(path: str) -> str:
 
     Raises: UsageError naming what is wrong.
     """
-    absolute = os.path.join(
-        os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(os.path.abspath(path))
-    )
+    absolute = _real(path)
     try:
         status = os.stat(absolute)
         os.statvfs(absolute)  # the kernel may answer stat for a dead daemon, from what it remembers
@@ -68,11 +66,20 @@ def check_mountpoint(path: str) -> str:
     return absolute
 
 
+def _real(path: str) -> str:
+    """The path without symbolic links, but for its last component: that may be a dead mount, which nothing can look
+    at."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
 def unmount(path: str, *, lazy: bool = False) -> None:
     """Unmount what is at a path, with fusermount3, which needs no privilege for one's own mount.
 
     Raises: DesfsError with the tool's message.
     """
+    if mounted_at(_real(path)) is None:
+        raise DesfsError(f"{path}: nothing is mounted there")
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_UNMOUNT_TIMEOUT_S, check=False)

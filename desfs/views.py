@@ -7,14 +7,17 @@ that fails keeps the last good view and says so.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import structlog
 import trio
 
@@ -46,6 +49,7 @@ _LAYOUT_LIMIT = 64 * 1024  # bytes; it has a few dozen
 _RETIRED_S = 3600.0  # how long a container that left its day can still be read by those who have its files open
 _OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
 _OPEN_DAY_S = 2 * 86400.0
+_EMPTY_S = 60.0  # how long a folder of the root that is no day, and holds no containers, is not looked at again
 _ATTEMPTS = 3  # to open what a listing named: a container may be replaced between the two
 
 
@@ -86,18 +90,41 @@ class Changes(NamedTuple):
     paths: list[bytes]
 
 
+class _Turns:
+    """One at a time asks the store; those who waited meanwhile share its failure instead of trying in their turn, or
+    the last of them would wait for as many deadlines as there are others. Trio thread only."""
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+        self._failed_at = -math.inf
+        self._failure: StoreError | None = None
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        asked_at = trio.current_time()
+        async with self._lock:
+            if self._failure is not None and self._failed_at >= asked_at:
+                raise self._failure
+            try:
+                yield
+            except StoreError as error:
+                self._failed_at, self._failure = trio.current_time(), error
+                raise
+
+
 class DayView:
     """One directory of the root: the containers under `{name}/` and the container `{name}.des`."""
 
     def __init__(self, views: Views, name: str) -> None:
         self.name = name
         self._views = views
-        self._lock = trio.Lock()  # held while listing or opening: those who find all they need do not take it
+        self._lock = _Turns()  # held while listing or opening: those who find all they need do not take it
         self._candidates: dict[str, Candidate] = {}
         self._listed_at: float | None = None
         self._ordinals = 0
         self._open: dict[str, tuple[OpenContainer, Member]] = {}
         self._refused: dict[str, str] = {}  # key -> ETag
+        self._opened: list[OpenContainer] = []  # since the last refresh began
         self._complete: DayTree | None = None
         self._groups: dict[str, DayTree] = {}
         self._newest_ns = views.root_mtime_ns
@@ -153,19 +180,22 @@ class DayView:
         """The tree of the whole day, every index read. Raises: DamagedDay; StoreError."""
         await self.ensure_listed()
         if self._complete is None:
-            async with self._lock:
+            async with self._lock.turn():
                 if self._complete is None:
                     await self._open_listed(lambda candidate: True)
-                    self._complete = await self._build(self._open.values())
-                    self._groups.clear()
-                    self._report_collisions(self._complete)
+                    complete = await self._build(self._open.values())
+                    groups, self._groups, self._complete = list(self._groups.values()), {}, complete
+                    self._report_collisions(complete)
+                    if groups:  # what one index alone has answered may look otherwise among all
+                        paths = await trio.to_thread.run_sync(_changed_paths, groups, [complete])
+                        self._views.on_change(Changes(self.name.encode(), paths))
         self._check_strict()
         return self._complete
 
     async def refresh(self) -> None:
         """List again, and show what is new. Raises: StoreError, and the old view stays."""
         if self._listed_at is not None:
-            async with self._lock:
+            async with self._lock.turn():
                 await self._refresh_locked()
 
     def close(self) -> list[OpenContainer]:
@@ -189,7 +219,7 @@ class DayView:
     async def ensure_listed(self) -> None:
         """List the containers if that has not been done yet. Raises: StoreError."""
         if self._listed_at is None:
-            async with self._lock:
+            async with self._lock.turn():
                 if self._listed_at is None:
                     self._take(await self._list())
 
@@ -233,7 +263,7 @@ class DayView:
         self._listed_at = trio.current_time()
 
     async def _load_group(self, group: str) -> DayTree:
-        async with self._lock:
+        async with self._lock.turn():
             if group not in self._groups:
                 if self._complete is not None:
                     return self._complete
@@ -295,6 +325,16 @@ class DayView:
         for problem in loaded.problems:
             self._views.problems.report(info.key, problem)
         self._open[info.key] = (container, member)
+        self._opened.append(container)
+
+    def _forget_passing(self, old_open: dict[str, tuple[OpenContainer, Member]]) -> None:
+        """Free the slots of containers that were opened during a refresh and are not in its outcome: nobody has seen
+        them."""
+        seen = {container.slot for container, _ in [*old_open.values(), *self._open.values()]}
+        for container in self._opened:
+            if container.slot not in seen:
+                self._views.slots.remove(container.slot)
+        self._opened.clear()
 
     async def _build(self, pairs: Iterable[tuple[OpenContainer, Member]]) -> DayTree:
         return await trio.to_thread.run_sync(DayTree, [member for _, member in pairs])
@@ -306,6 +346,7 @@ class DayView:
 
     async def _refresh_locked(self) -> None:
         before, old_open, old_refused = self._candidates, dict(self._open), self._refused
+        self._opened.clear()
         old_trees = [self._complete] if self._complete is not None else list(self._groups.values())
         groups = None if self._complete is not None else set(self._groups)
         try:
@@ -328,11 +369,10 @@ class DayView:
             }
         except BaseException:
             # The new listing cannot be shown yet: keep the old view whole, and try again at the next refresh.
-            for container, _ in self._open.values():
-                if container.info.key not in old_open or old_open[container.info.key][0] is not container:
-                    self._views.slots.remove(container.slot)  # nobody has seen it
             self._candidates, self._open, self._refused = before, old_open, old_refused
             raise
+        finally:
+            self._forget_passing(old_open)
         if groups is None:
             self._complete = trees[None]
             self._report_collisions(trees[None])
@@ -358,6 +398,7 @@ def _changed_paths(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[b
     are gone included."""
     new_members = {id(member) for tree in new_trees for member in tree.members}
     old_members = {id(member) for tree in old_trees for member in tree.members}
+    known = np.concatenate([np.empty(0, np.uint64), *(m.index.hashes[0] for tree in old_trees for m in tree.members)])
     suspects: set[bytes] = set()
     for tree in old_trees:
         for member in tree.members:
@@ -368,8 +409,9 @@ def _changed_paths(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[b
     for tree in new_trees:
         for member in tree.members:
             if id(member) not in old_members:
-                names = (member.index.name(row) for row in member.index.hashes[1].tolist())
-                suspects.update(name for name in names if any(old.find_file(name) for old in old_trees))
+                hashes, rows = member.index.hashes
+                likely = (member.index.name(row) for row in rows[np.isin(hashes, known)].tolist())
+                suspects.update(name for name in likely if _shows(old_trees, name) is not None)
         suspects.update(member.index.name(row) for member, row in tree.collisions)
     changed = {path for path in suspects if _shows(old_trees, path) != _shows(new_trees, path)}
     for path in list(changed):
@@ -421,7 +463,8 @@ class Views:
         self.slots: Slots[OpenContainer] = Slots()
         self.root_mtime_ns = 0
         self._days: dict[str, DayView] = {}
-        self._holds_containers: dict[str, bool] = {}  # of folders that are no days
+        self._holders: set[str] = set()  # folders of the root that are no days and hold containers
+        self._empty: dict[str, float] = {}  # others, and when they were looked at
         self._retired: list[tuple[float, OpenContainer]] = []
         self._root_lock = trio.Lock()
         self._root_ordinals: dict[str, int] = {}
@@ -471,7 +514,7 @@ class Views:
                     nursery.start_soon(self._holds, name)
         except ExceptionGroup as group:
             raise first_of(group) from None
-        return [name for name in self.names if self._is_shown_cheaply(name) or self._holds_containers.get(name)]
+        return [name for name in self.names if self._is_shown_cheaply(name) or name in self._holders]
 
     async def day(self, name: str, refresh_s: float) -> DayView:
         """The view of a name of the root. Raises: NoSuchPath; StoreError."""
@@ -503,12 +546,13 @@ class Views:
         return is_day(name) or self.names[name].has_object
 
     async def _holds(self, name: str) -> bool:
-        if not self._holds_containers.get(name):
+        if name not in self._holders and trio.current_time() - self._empty.get(name, -math.inf) >= _EMPTY_S:
             listing = await self.threads.run(self.threads.store.list, f"{name}/", delimiter=True)
-            self._holds_containers[name] = any(
-                parse_container_name(info.key.rpartition("/")[2]) is not None for info in listing.objects
-            )
-        return self._holds_containers[name]
+            if any(parse_container_name(info.key.rpartition("/")[2]) is not None for info in listing.objects):
+                self._holders.add(name)
+            else:
+                self._empty[name] = trio.current_time()
+        return name in self._holders
 
     async def _read_layout(self) -> Layout:
         try:

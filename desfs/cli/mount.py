@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from desfs.errors import DesfsError, UsageError
 
+EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_MOUNT_FAILED = 32  # mount(8)
 _READY = b"ready\n"
@@ -50,6 +52,8 @@ def main(arguments: list[str]) -> int:
             serve(False, lambda: None)
         except DesfsError as error:
             return _fail(error, EXIT_MOUNT_FAILED)
+        except Exception as error:
+            return _fail(_unexpected(error), EXIT_FAILURE)
         return 0
     return _daemonize(serve)
 
@@ -62,11 +66,14 @@ def _prepare(parsed: argparse.Namespace) -> tuple[Callable[[bool, Callable[[], N
     from desfs.options import parse_options, split_options
     from desfs.settings import MountSettings
 
+    given: dict[str, Any] = parse_options(parsed.options, frozenset(MountSettings.model_fields))
     try:
-        settings = MountSettings.model_validate(parse_options(parsed.options, frozenset(MountSettings.model_fields)))
+        settings = MountSettings(**given)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"mount option {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        name = str(first["loc"][0])
+        origin = f"mount option {name}" if name in given else f"DESFS_{name.upper()} in the environment"
+        raise UsageError(f"{origin}: {first['msg']}") from None
     # The daemon's directory is the root: what is relative to ours has to be said in full.
     paths = {"log_file": settings.log_file, "ca_bundle": settings.ca_bundle}
     settings = settings.model_copy(update={name: path and os.path.abspath(path) for name, path in paths.items()})
@@ -119,29 +126,37 @@ def _run_daemon(serve: Callable[[bool, Callable[[], None]], None], writer: int) 
             for descriptor in (0, 1, 2):
                 os.dup2(null, descriptor)
             os.close(null)
-            os.write(writer, _READY)
+            _say(writer, _READY)
             os.close(writer)
 
         serve(True, ready)
         status = 0
     except DesfsError as error:
-        _say(writer, str(error))
+        _say(writer, _one_line(str(error)).encode("utf-8", "backslashreplace"))
     except Exception as error:
-        import structlog
-
-        structlog.get_logger(__name__).exception("the mount daemon failed")
-        _say(writer, f"{type(error).__name__}: {error}")
+        _say(writer, _one_line(str(_unexpected(error))).encode("utf-8", "backslashreplace"))
     finally:
         os._exit(status)
 
 
-def _say(writer: int, message: str) -> None:
-    try:
-        os.write(writer, " ".join(message.split()).encode("utf-8", "backslashreplace"))
-    except OSError:
-        pass  # the parent has its word already, and is gone
+def _say(writer: int, word: bytes) -> None:
+    # A parent that is gone, killed or with its word already, is no reason to stop serving.
+    with contextlib.suppress(OSError):
+        os.write(writer, word)
+
+
+def _unexpected(error: Exception) -> DesfsError:
+    """Log what nobody foresaw with its traceback; an error that says it in a line."""
+    import structlog
+
+    structlog.get_logger(__name__).exception("the mount failed", exc_info=error)
+    return DesfsError(f"{type(error).__name__}: {error}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _fail(error: Exception, status: int) -> int:
-    print(f"desfs: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"desfs: {_one_line(str(error))}", file=sys.stderr)
     return status

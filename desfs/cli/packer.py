@@ -32,7 +32,10 @@ def run(spool: str, store: str, once: bool, options: dict[str, Any]) -> int:
         settings = PackerSettings(**{name: value for name, value in options.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        return _fail(f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}", EXIT_USAGE)
+        name = str(first["loc"][0])
+        given = options.get(name) is not None
+        origin = f"--{name.replace('_', '-')}" if given else f"DESFS_{name.upper()} in the environment"
+        return _fail(f"{origin}: {first['msg']}", EXIT_USAGE)
     try:
         configure_logs(settings)
         with _progress(once and sys.stderr.isatty()) as progress:

@@ -521,7 +521,7 @@ def _record(container: JournalContainer, files: int, size: int, etag: str) -> Co
 
 def _count_left(found: list[Found]) -> dict[str, int]:
     reasons = {
-        Kind.SETTLED: "held open by a writer",
+        Kind.SETTLED: "held open by a writer, or not ours to take",
         Kind.WAITING: "still being written",
         Kind.TEMPORARY: "with a temporary name",
     }

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from des_format import CorruptEntry, DesWriter
 from desfs.container import load_container
 from desfs.errors import DesfsError, NoSuchObject, ObjectReplaced, StoreUnavailable
-from desfs.fetch import EXTERNAL_BLOCK, MAX_REQUEST, BlockCache, ByteBudget, Fetcher, OpenContainer, StoreThreads
+from desfs.fetch import BLOCK, MAX_REQUEST, BlockCache, ByteBudget, Fetcher, OpenContainer, StoreThreads
 from desfs.problems import Problems
 from desfs.store import file as file_store
 from tests.mount.stores import WatchedStore, meta_of, put_container
@@ -332,14 +332,14 @@ def external_world(tmp_path: Path, data: bytes, *, recorded: str | None = None) 
 
 def test_an_external_file_is_read_in_blocks_from_where_the_rule_says(tmp_path: Path) -> None:
     """External files: `{directory of the container's key}/_bigFiles/{entry name}`."""
-    data = Random(2).randbytes(EXTERNAL_BLOCK + 100)
+    data = Random(2).randbytes(BLOCK + 100)
     world = external_world(tmp_path, data)
     target = tmp_path / "2026-11-20/_bigFiles/dir/big.bin"
     target.parent.mkdir(parents=True)
     target.write_bytes(data)
 
     async def main() -> None:
-        at = EXTERNAL_BLOCK - 10
+        at = BLOCK - 10
         assert await world.read("dir/big.bin", at, 20) == data[at : at + 20]
         assert world.gets() == 2
         assert await world.read("dir/big.bin") == data

@@ -150,12 +150,16 @@ def test_a_recorded_key_that_is_not_trusted_leaves_the_rule(recorded: object) ->
         ("other/_bigFiles/v", "s/other/_bigFiles/v"),  # relative to the store's root
         ("_bigFiles/v", "s/_bigFiles/v"),
         ("t/x/_bigFiles/v", "s/t/x/_bigFiles/v"),  # never in another store of the bucket
-        ("s/other/_bigFiles/sub/v", "s/other/_bigFiles/sub/v"),
     ],
 )
 def test_a_recorded_key_within_the_store_comes_before_the_rule(recorded: str, first: str) -> None:
     """External files: a recorded `external_key` is honoured only inside the store's own prefix."""
     assert external_keys("s/day/f.des", "v", recorded, root="s/") == [first, BY_RULE]
+
+
+def test_a_version_of_its_own_is_looked_for_nowhere_else() -> None:
+    """External files: where a name has several versions, what lies at the rule's place is another one."""
+    assert external_keys("s/day/f.des", "v", "day/_bigFiles/ID/v", root="s/") == ["s/day/_bigFiles/ID/v"]
 
 
 @given(st.text(), st.sampled_from(["", "s/"]))

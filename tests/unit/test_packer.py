@@ -484,8 +484,8 @@ def test_what_cannot_be_stored_is_put_aside_and_the_others_go_on(spool: Path, st
 
 
 def test_a_packer_that_is_not_root() -> None:
-    """A file that the packer may not read is put aside; a folder of others that it can change nothing in is named, and
-    the exit status says so; the others go on."""
+    """A file that the packer may not read is put aside; one of another user, whose writers it cannot see, and a folder
+    of others that it can change nothing in are named, and the exit status says so; the others go on."""
     nobody = 65534
     # Not below tmp_path, which is root's alone; forked, because a user may not be able to run what root has installed.
     with tempfile.TemporaryDirectory() as folder, packer_forks() as forks:
@@ -499,15 +499,17 @@ def test_a_packer_that_is_not_root() -> None:
         for path in (spool, store, spool / "good", spool / "mine"):
             os.chown(path, nobody, nobody)
         done = forks.run(spool, str(store), uid=nobody, settle=0, log_level="error")
-        assert done.status == 0, done
+        assert done.status == 1
+        assert "roots: whether a writer holds it open cannot be told" in done.message
+        assert (spool / "roots").read_bytes() == b"root's, and readable"
         assert rejected(spool) == {"mine": "mine: cannot be taken: Permission denied\n"}
-        assert shown(store).contents == {"good": b"good", "roots": b"root's, and readable"}
+        assert shown(store).contents == {"good": b"good"}
         (spool / "closed").mkdir(mode=0o700)
         write(spool / "roots folder/a", b"a")
         os.chown(write(spool / "later", b"later"), nobody, nobody)
         done = forks.run(spool, str(store), uid=nobody, settle=0, log_level="error")
         assert done.status == 1
-        assert "roots folder/a: cannot be taken: Permission denied" in done.message
+        assert "roots folder/a: whether a writer holds it open cannot be told" in done.message
         assert "closed: cannot be read: Permission denied" in done.message
         assert shown(store).contents["later"] == b"later"
 
@@ -548,7 +550,8 @@ def test_the_summary_line_of_once(spool: Path, store: Path) -> None:
     containers = len(shown(store).containers)
     assert done.stdout == (
         f"packed 2 files (2005 bytes) into {containers} containers with {containers + 2} PUTs; "
-        "1 of them stored as objects of their own; 1 left: with a temporary name; 1 left: held open by a writer\n"
+        "1 of them stored as objects of their own; 1 left: with a temporary name; "
+        "1 left: held open by a writer, or not ours to take\n"
     )
     assert done.stderr == ""
     assert sorted(spool_files(spool)) == ["b.tmp", "open"]
