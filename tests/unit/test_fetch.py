@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from des_format import CorruptEntry, DesWriter
 from desfs.container import load_container
 from desfs.errors import DesfsError, NoSuchObject, ObjectReplaced, StoreUnavailable
-from desfs.fetch import BLOCK, MAX_REQUEST, BlockCache, ByteBudget, Fetcher, OpenContainer, StoreThreads
+from desfs.fetch import (
+    BLOCK,
+    LARGE_PAYLOAD,
+    MAX_REQUEST,
+    BlockCache,
+    ByteBudget,
+    Fetcher,
+    OpenContainer,
+    StoreThreads,
+)
 from desfs.problems import Problems
 from desfs.store import file as file_store
 from tests.mount.stores import WatchedStore, meta_of, put_container
@@ -256,6 +265,38 @@ def test_damaged_neighbours_do_not_hurt(world: World) -> None:
     run(main)
 
 
+def test_damage_is_that_of_the_file_not_of_its_neighbours_readers(world: World) -> None:
+    """Who waits for a fetch that finds the file in front damaged looks for itself."""
+    damage(world, "f04", times=100)
+    go = threading.Event()
+
+    def wait(method: str, key: str) -> None:
+        go.wait(20)
+
+    world.store.before = wait
+    found: list[bytes] = []
+
+    async def reader() -> None:
+        found.append(await world.read("f05"))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails, world, "f04")
+            await until(lambda: world.store.running == 1)
+            nursery.start_soon(reader)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert world.gets() == 1  # both wait for the same GET
+            go.set()
+        assert found == [FILES["f05"]]
+
+    run(main)
+
+
+async def fails(world: World, name: str) -> None:
+    with pytest.raises(CorruptEntry):
+        await world.read(name)
+
+
 def test_sha256_is_checked_where_there_is_no_crc32c(tmp_path: Path) -> None:
     (tmp_path / "2026-11-20").mkdir()
     with DesWriter(tmp_path / KEY) as writer:
@@ -319,6 +360,106 @@ def test_a_large_payload_comes_in_parallel_ranges(tmp_path: Path) -> None:
         assert world.gets() == 3
         assert await world.read("large") == data
         assert world.gets() == 3
+
+    run(main)
+
+
+STEP = 128 * 1024  # of the kernel's sequential reads
+LARGE = Random(3).randbytes(LARGE_PAYLOAD + BLOCK // 4 + 7)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> World:
+    """A world with a large payload between small ones, and a cache for less than half of it."""
+    put_container(tmp_path / KEY, {"before": b"b", "large": LARGE, "z": b"after"})
+    return World(tmp_path, cache_bytes=2 * BLOCK)
+
+
+def counted_bytes(world: World) -> Callable[[], int]:
+    """How many bytes the store has given from now on."""
+    given: list[int] = []
+
+    def change(method: str, key: str, data: bytes) -> bytes:
+        given.append(len(data))
+        return data
+
+    world.store.change = change
+    return lambda: sum(given)
+
+
+def test_a_payload_larger_than_the_cache_is_fetched_twice_not_once_a_read(large: World) -> None:
+    """Large payloads are verified in one pass and served in blocks: they need not fit into the cache as a whole."""
+    given = counted_bytes(large)
+
+    async def main() -> None:
+        pieces = [await large.read("large", at, STEP) for at in range(0, len(LARGE), STEP)]
+        assert b"".join(pieces) == LARGE
+        assert given() <= 2 * len(LARGE)
+        assert large.gets() <= 2 * -(-len(LARGE) // BLOCK)
+        assert large.fetcher.cache.bytes <= 2 * BLOCK
+        assert await large.read("large", len(LARGE) - 3, 10) == LARGE[-3:]
+        assert await large.read("large", BLOCK - 5, 2 * BLOCK) == LARGE[BLOCK - 5 : 3 * BLOCK - 5]
+        assert (await large.read("before"), await large.read("z")) == (b"b", b"after")
+
+    run(main)
+
+
+def test_readers_of_a_large_payload_share_one_pass(large: World) -> None:
+    given = counted_bytes(large)
+    found: list[bytes] = []
+
+    async def reader() -> None:
+        found.append(await large.read("large", 4 * BLOCK, 10))  # in the last block, which the pass leaves in the cache
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(reader)
+        assert found == [LARGE[4 * BLOCK :][:10]] * 5
+        assert given() == len(LARGE)
+
+    run(main)
+
+
+def flip(world: World, at: int, times: int) -> None:
+    """Flip the byte of the large payload at a place, in the first so many answers that have it."""
+    mark, left = LARGE[at : at + 8], [times]
+    wrong = bytes([mark[0] ^ 1]) + mark[1:]
+
+    def change(method: str, key: str, data: bytes) -> bytes:
+        if mark in data and left[0]:
+            left[0] -= 1
+            return data.replace(mark, wrong)
+        return data
+
+    world.store.change = change
+
+
+@pytest.mark.parametrize("at", [0, 2 * BLOCK + 77, len(LARGE) - 8])
+def test_no_byte_of_a_large_payload_is_served_when_one_is_wrong(large: World, at: int) -> None:
+    """Verified as a whole before anybody sees a byte: EIO for every read, wherever the damage is, and one line in
+    problems."""
+    flip(large, at, times=1000)
+
+    async def main() -> None:
+        for offset in (0, at, len(LARGE) - 1):
+            with pytest.raises(CorruptEntry, match=r"large.*found a checksum"):
+                await large.read("large", offset, 1)
+        assert len(large.problems.lines()) == 1
+        assert await large.read("z") == b"after"
+
+    run(main)
+
+
+@pytest.mark.parametrize("at", [0, len(LARGE) - 8])
+def test_a_large_payload_that_is_wrong_in_the_first_pass_only_is_served(large: World, at: int) -> None:
+    """A mismatch is fetched once more; nothing of the first pass is left in the cache."""
+    flip(large, at, times=1)
+
+    async def main() -> None:
+        assert await large.read("large", at, 8) == LARGE[at : at + 8]
+        assert await large.read("large") == LARGE
+        assert large.problems.lines() == []
 
     run(main)
 
@@ -390,6 +531,102 @@ def test_an_empty_external_file_is_checked_too(tmp_path: Path) -> None:
         assert await world.read("dir/big.bin") == b""
 
     run(main)
+
+
+def replace_external(world: World, data: bytes) -> None:
+    """Put another object in the external object's place, as a store does it: whole."""
+    target = world.root / "2026-11-20/_bigFiles/dir/big.bin"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name("fresh")
+    fresh.write_bytes(data)
+    fresh.rename(target)
+
+
+OLD, NEW = (bytes([letter]) * (BLOCK + 100) for letter in b"on")
+
+
+def test_a_replaced_external_object_is_stale_once_and_then_the_new_one(tmp_path: Path) -> None:
+    """One version of an external object or an error, never two in one: and the error is not for ever."""
+    world = external_world(tmp_path, OLD)
+    replace_external(world, OLD)
+
+    async def main() -> None:
+        assert await world.read("dir/big.bin", 0, 10) == OLD[:10]
+        replace_external(world, NEW)
+        with pytest.raises(ObjectReplaced):
+            await world.read("dir/big.bin", BLOCK, 10)
+        assert await world.read("dir/big.bin") == NEW
+
+    run(main)
+
+
+@pytest.mark.parametrize("last", ["old", "new"])
+def test_two_first_reads_of_an_external_object_that_is_replaced_between_them(tmp_path: Path, last: str) -> None:
+    """The first reads name no version: whichever answer comes second must be of the same."""
+    world = external_world(tmp_path, OLD)
+    replace_external(world, OLD)
+    go = {"old": threading.Event(), "new": threading.Event()}
+    arrived: set[str] = set()
+
+    def change(method: str, key: str, data: bytes) -> bytes:
+        version = "old" if data[:1] == OLD[:1] else "new"
+        arrived.add(version)
+        go[version].wait(20)
+        return data
+
+    world.store.change = change
+    found: dict[str, bytes | ObjectReplaced] = {}
+
+    async def reader(version: str, offset: int) -> None:
+        try:
+            found[version] = await world.read("dir/big.bin", offset, 10)
+        except ObjectReplaced as error:
+            found[version] = error
+
+    async def main() -> None:
+        first = ({"old", "new"} - {last}).pop()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader, "old", 0)
+            await until(lambda: "old" in arrived)
+            replace_external(world, NEW)
+            nursery.start_soon(reader, "new", BLOCK)
+            await until(lambda: "new" in arrived)
+            go[first].set()
+            await until(lambda: first in found)
+            go[last].set()
+        assert found[first] == (NEW if first == "new" else OLD)[:10]
+        assert isinstance(found[last], ObjectReplaced)
+        assert await world.read("dir/big.bin") == NEW
+
+    run(main)
+
+
+# --- threads -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stalled", ["fetch", "run"])
+def test_payloads_that_stall_do_not_hold_up_listings_and_indexes(tmp_path: Path, stalled: str) -> None:
+    """Metadata never waits for payloads, nor they for it: each has threads of its own."""
+    store = WatchedStore(file_store.FileStore(tmp_path))
+    threads = StoreThreads(store, limit=2)
+    stall, other = (threads.fetch, threads.run) if stalled == "fetch" else (threads.run, threads.fetch)
+    go = threading.Event()
+    store.before = lambda method, key: None if key == "free" else wait(go)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(stall, store.list, "stalled")
+            await until(lambda: store.running == 2)
+            assert (await other(store.list, "free")).objects == ()
+            assert store.running == 2
+            go.set()
+
+    run(main)
+
+
+def wait(event: threading.Event) -> None:
+    event.wait(20)
 
 
 # --- bounds ------------------------------------------------------------------------------------------------------
