@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from des_format import placement_shard, shard_hex
 from desfs.errors import AccessDenied, DamagedDay, DesfsError, NoSuchPath, StoreError, StoreUnavailable
@@ -77,12 +78,17 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path / "store")
 
 
-def run(main: Callable[[], Awaitable[None]]) -> None:
+def run(main: Callable[[], Awaitable[None]], clock: trio.testing.MockClock | None = None) -> None:
     async def bounded() -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(600 if clock else 60):
             await main()
 
-    trio.run(bounded)
+    trio.run(bounded, clock=clock)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - of a thread, which sets no trio.Event
+        await trio.sleep(0.001)
 
 
 def shard(path: str) -> str:
@@ -253,6 +259,44 @@ def test_the_root_has_days_and_other_names_that_hold_containers(world: World) ->
         assert world.problems.lines() == []
 
     run(main)
+
+
+def test_folders_without_containers_are_looked_at_once_a_minute(world: World) -> None:
+    """A folder of the root that is no day, and holds no containers, costs one listing, and none again for a minute."""
+    for name in ("foreign", "other"):
+        (world.root / name).mkdir()
+        (world.root / name / "readme.txt").write_text("x")
+    clock = trio.testing.MockClock(rate=1.0)
+
+    def listed() -> list[str]:
+        keys = sorted(key for key in world.store.keys("list") if key)
+        world.store.calls.clear()
+        return keys
+
+    async def ls() -> list[str]:
+        names = await world.views.root_names()
+        for name in ("foreign", "other"):
+            if name not in names:
+                with pytest.raises(NoSuchPath):
+                    await world.day(name)
+        return names
+
+    async def main() -> None:
+        await world.start()
+        assert await ls() == []
+        assert listed() == ["foreign/", "other/"]
+        world.put("other/0.des", "a")
+        clock.jump(55)
+        assert await ls() == []
+        assert listed() == []
+        clock.jump(10)
+        assert await ls() == ["other"]
+        assert listed() == ["foreign/", "other/"]
+        clock.jump(100)
+        assert await ls() == ["other"]
+        assert listed() == ["foreign/"]
+
+    run(main, clock)
 
 
 def test_names_in_the_root_that_cannot_be_shown_are_reported(world: World) -> None:
@@ -469,6 +513,59 @@ def test_what_another_lookup_finds_out_reaches_the_shards_that_were_open_already
     run(main)
 
 
+def test_what_all_indexes_together_show_otherwise_than_one_of_them_is_told(world: World) -> None:
+    """A lookup asks the index of its shard alone; where a listing of the day then finds a newer container of that name
+    in another shard, the kernel hears of this name, and of no other."""
+    where = put_sharded(world.root, DAY, {"a": b"own shard", "b": b"b", "dir/c": b"c"})
+    other = world.root / DAY / "zz.des"
+    put_container(other, {"a": b"newer, elsewhere", "dir/new": b"x"})
+    later = where["a"].stat().st_mtime_ns + 10**10
+    os.utime(other, ns=(later, later))
+
+    async def main() -> None:
+        await world.start()
+        for name in ("a", "b", "dir/c"):
+            assert await world.find(name) == shard(name)
+        assert world.changes == []
+        await world.names()
+        assert await world.find("a") == f"{DAY}/zz.des"
+        assert world.changes == [Changes(DAY.encode(), [b"a"])]
+
+    run(main)
+
+
+def test_a_container_that_is_replaced_twice_during_a_refresh_leaves_no_slot_behind(world: World) -> None:
+    """A version that was opened and replaced before the refresh was over has been seen by nobody."""
+    keys = [f"{DAY}/0.des", f"{DAY}/1.des"]
+
+    def put(version: int) -> set[str]:
+        for key in keys:
+            world.put(key, key[-5], content=f"version {version}")
+        return {info.etag for info in world.store.inner.list(f"{DAY}/").objects}
+
+    def shown() -> set[str]:
+        return {container.info.etag for container in world.views.slots}
+
+    go = threading.Event()
+
+    async def main() -> None:
+        first = put(1)
+        await world.start()
+        await world.names()
+        passing = put(2)
+        world.store.before = once(lambda: go.wait(20), keys[1])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon((await world.day()).refresh)
+            await until(lambda: bool(shown() & passing))
+            last = put(3)
+            go.set()
+        assert await world.names() == [b"0", b"1"]
+        assert shown() == first | last  # the first stay open for a while, for those who have their files open
+        assert len(list(world.views.slots)) == 4
+
+    run(main)
+
+
 def test_a_reader_who_was_cancelled_leaves_nothing_half_open(world: World) -> None:
     for n in range(8):
         world.put(f"{DAY}/{n}.des", f"f{n}")
@@ -606,6 +703,49 @@ def test_an_object_that_may_not_be_read_fails_the_day_not_the_mount(world: World
         with pytest.raises(AccessDenied):
             await world.names()
         assert await world.names("2026-11-21") == [b"b"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("failing", ["list", "get"])
+def test_those_who_wait_for_one_that_fails_fail_with_it(world: World, failing: str) -> None:
+    """A store that answers after its deadline: the lookups that waited share the failure instead of trying in their
+    turn; the next one tries again."""
+    put_sharded(world.root, DAY, dict.fromkeys(("a", "b"), b"x"))
+    go = threading.Event()
+
+    def fail(method: str, key: str) -> None:
+        if method == failing and key.startswith(DAY):
+            go.wait(20)
+            raise StoreUnavailable("no answer in time")
+
+    def calls() -> int:
+        return sum(key.startswith(DAY) for key in world.store.keys(failing))
+
+    failures: list[str] = []
+
+    async def lookup() -> None:
+        try:
+            await world.find("a")
+        except StoreUnavailable as error:
+            failures.append(str(error))
+
+    async def main() -> None:
+        await world.start()
+        world.store.before = fail
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(lookup)
+            await until(lambda: world.store.running == 1)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            go.set()
+        assert failures == ["no answer in time"] * 6
+        assert calls() == 1
+        await lookup()
+        assert len(failures) == 7
+        assert calls() == 2
+        world.store.before = lambda method, key: None
+        assert await world.find("a") == shard("a")
 
     run(main)
 
