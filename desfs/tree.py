@@ -131,6 +131,9 @@ class DayTree:
         for member in self.members:
             self._groups.setdefault(member.name.group, []).append(member)
         self._hidden: dict[int, npt.NDArray[np.bool_]] = {}
+        # Overwritten rows that are listed as their newest version, and the newest versions that are listed there.
+        self._listed_for: dict[tuple[int, int], tuple[Member, int]] = {}
+        self._listed_elsewhere: set[tuple[int, int]] = set()
         self._listings: dict[bytes, list[_Segment]] = {}
         if len(self.members) > 1:
             self._hide_older_versions()
@@ -187,8 +190,19 @@ class DayTree:
             for first in range(max(skip - len(folders), 0), len(rows), _ROWS_AT_A_TIME):
                 piece = rows[first : first + _ROWS_AT_A_TIME].tolist()
                 for place, row in enumerate(piece, len(folders) + first + 1):
-                    if self.is_shown(member, row):
-                        yield Position(base + place, member.index.name(row)[cut:], member, row)
+                    shown = self._listed_at(member, row)
+                    if shown is not None:
+                        yield Position(base + place, member.index.name(row)[cut:], *shown)
+
+    def _listed_at(self, member: Member, row: int) -> tuple[Member, int] | None:
+        """What a listing shows in the place of a row: the row, a newer version of its name, or nothing."""
+        if self._listed_for:
+            winner = self._listed_for.get((member.ordinal, row))
+            if winner is not None:
+                return winner if self.is_shown(*winner) else None
+            if (member.ordinal, row) in self._listed_elsewhere:
+                return None
+        return (member, row) if self.is_shown(member, row) else None
 
     def _segments(self, path: bytes) -> list[_Segment]:
         segments = self._listings.get(path)
@@ -241,6 +255,18 @@ class DayTree:
                 for member, row in candidates:
                     if member is not newest:
                         self._hidden_rows(member)[row] = True
+                self._keep_place(candidates, newest)
+
+    def _keep_place(self, candidates: list[tuple[Member, int]], newest: Member) -> None:
+        """A name stays where its first container has it when a newer version comes: a listing that is being read then
+        neither repeats nor skips it."""
+        shown = [(member, row) for member, row in candidates if not member.index.state[row] & NOT_SHOWN]
+        winner = next(((member, row) for member, row in shown if member is newest), None)
+        if winner is not None:
+            home, row = min(shown, key=lambda each: each[0].ordinal)
+            if home is not newest:
+                self._listed_for[home.ordinal, row] = winner
+                self._listed_elsewhere.add((winner[0].ordinal, winner[1]))
 
     def _visible_folders(self) -> set[bytes]:
         folders: set[bytes] = set()

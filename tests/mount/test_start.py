@@ -147,7 +147,7 @@ def test_options_that_make_no_sense_are_a_usage_error(
 
 
 def test_a_variable_that_makes_no_sense_is_a_usage_error(store: Path, mount_dir: MountPoint) -> None:
-    assert "refresh" in failure("mount", store, mount_dir.path, status=2, env={"DESFS_REFRESH": "soon"})
+    assert "DESFS_REFRESH" in failure("mount", store, mount_dir.path, status=2, env={"DESFS_REFRESH": "soon"})
 
 
 def test_missing_arguments_are_a_usage_error(store: Path) -> None:

@@ -374,7 +374,9 @@ def test_mount_point_kills_a_daemon_that_hangs_and_frees_its_readers(tmp_path: P
     guarded = servers.mount_point(tmp_path / "mnt", stop_s=0.1)
     mount = guarded.__enter__()
     daemon = start_daemon(mount.path, "stuck")
-    reader = subprocess.Popen(["stat", mount.path], stderr=subprocess.DEVNULL)
+    reader = subprocess.Popen(["stat", mount.path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while "request_wait" not in Path(f"/proc/{reader.pid}/wchan").read_text():  # the test's deadline ends this
+        assert reader.poll() is None
     with pytest.raises(AssertionError, match="still running"):
         guarded.__exit__(None, None, None)
     assert not servers.is_mounted(mount.path)
