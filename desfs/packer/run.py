@@ -16,6 +16,8 @@ from desfs.spool import Spool
 from desfs.store import open_store
 from desfs.store.url import local_root
 
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+
 
 def run_packer(
     spool_path: str,
@@ -34,7 +36,7 @@ def run_packer(
         spool_path,
         settle_s=settings.settle,
         max_file_size=settings.max_file_size,
-        temporary=[pattern for pattern in settings.temporary.split(",") if pattern],
+        temporary=[pattern for pattern in map(str.strip, settings.temporary.split(",")) if pattern],
         effect=effect,
     )
     root = local_root(store_url)
@@ -70,12 +72,16 @@ async def _run(
             packer = Packer(spool, store, client, layout, settings, effect=effect, progress=progress)
             loop = asyncio.get_running_loop()
 
-            def stop(number: signal.Signals) -> None:
+            def stop() -> None:
                 packer.stop()
-                loop.remove_signal_handler(number)  # a second one ends the packer at once: its journals stay
+                for number in _ENDING:
+                    loop.remove_signal_handler(number)
+                    # A second one, of either kind, ends the packer at once: its journals stay. Not KeyboardInterrupt,
+                    # which would wait for threads that wait for the store.
+                    signal.signal(number, signal.SIG_DFL)
 
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stop, number)
+            for number in _ENDING:
+                loop.add_signal_handler(number, stop)
             return await (packer.run_once() if once else packer.run())
     finally:
         store.close()

@@ -8,11 +8,13 @@ import errno
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +27,11 @@ import google_crc32c
 import pytest
 
 from assignment.client import open_embedded
+from des_format import DesReader, DesWriter
 from des_format.assigned_names import parse_name
 from des_format.shards import placement_shard, shard_hex
+from desfs.errors import StoreError, UsageError
+from desfs.packer.build import Checksums, FileUnreadable
 from desfs.packer.layout import settle_layout
 from desfs.packer.run import run_packer
 from desfs.packer.worker import Packer, Summary
@@ -459,6 +464,126 @@ def test_a_file_that_was_left_out_is_not_deleted_with_the_others(spool: Path, st
     assert spool_files(spool) == unfinished(spool) == []
 
 
+@pytest.mark.parametrize("script", ["ok ok ok 503", "ok ok 503"], ids=["at a PUT", "before it"])
+def test_failed_rounds_do_not_fill_the_disk(spool: Path, store: Path, script: str) -> None:
+    """Containers that could not be put are built anew in the next round: none is kept."""
+    for number in range(3):
+        write(spool / f"d{number}/file", b"%d" % number)
+    write(spool / "big", b"x" * 5000)
+    faulty = FaultyStore(FileStore(store, create=True))
+    for _ in range(3):
+        faulty.script = script
+        with pytest.raises(StoreError, match="scripted fault"):
+            packer_on(spool, faulty, deadline_s=0.1, big_file_threshold=4096)
+        assert os.listdir(spool / ".desfs/work") == []
+    faulty.script = "ok"
+    assert packer_on(spool, faulty, big_file_threshold=4096).files == 4
+    assert len(shown(store).contents) == 4
+    assert spool_files(spool) == unfinished(spool) == []
+
+
+def test_a_damaged_journal_stops_its_own_batch_alone(spool: Path, store: Path) -> None:
+    """What a disk has damaged stays where it is, and is named; other batches, and new files, are packed."""
+    for batch in ("1-damaged", "2-sound"):
+        write(spool / ".desfs/claims" / batch / f"d/{batch}", batch.encode())
+    damaged = write(spool / ".desfs/journal/1-damaged.json", b'{"version":1,"containers":[{"key')
+    write(spool / "d/new", b"new")
+    done = once(spool, store)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "1-damaged stays in .desfs" in done.stderr
+    assert str(damaged) in done.stderr
+    assert shown(store).contents == {"d/2-sound": b"2-sound", "d/new": b"new"}
+    assert (spool / ".desfs/claims/1-damaged/d/1-damaged").read_bytes() == b"1-damaged"
+    assert damaged.exists()
+    damaged.unlink()
+    assert not pack(spool, store).failures
+    assert shown(store).contents["d/1-damaged"] == b"1-damaged"
+
+
+# --- what cannot be read -----------------------------------------------------------------------------------------
+
+
+def tampered(spool: Path, store: Path, path: str, inject: str) -> subprocess.CompletedProcess[str]:
+    """`packer --once` over a batch that is claimed already, of which read(2) of one file answers otherwise."""
+    claimed = spool / ".desfs/claims/1-earlier" / path
+    command = ["strace", "-f", "-qq", "-o", os.devnull, "-P", claimed, "-e", f"inject=read:{inject}"]
+    packer = [PROGRAM, "packer", "--once", "--spool", spool, "--store", store, "--settle", "0", "--shard-bits", "1"]
+    return subprocess.run(
+        [*map(str, command), *map(str, packer)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+
+
+SIZES = pytest.mark.parametrize("size", [1000, 6 * 1024 * 1024], ids=["in memory", "streamed"])
+
+
+@SIZES
+def test_a_file_that_cannot_be_read_is_put_aside_and_the_others_go_on(spool: Path, store: Path, size: int) -> None:
+    """A disk's EIO in one file: it is put aside with the reason, nothing of it is in the container."""
+    for name in ("a", "bad", "z"):
+        write(spool / f".desfs/claims/1-earlier/d/{name}", name.encode() * size)
+    done = tampered(spool, store, "d/bad", f"error=EIO:when={2 if size > 1000 else 1}+")
+    assert done.returncode == 0, done.stderr
+    assert "1 put aside in .desfs/rejected" in done.stdout
+    assert rejected(spool) == {"bad": f"d/bad: cannot be read: {os.strerror(errno.EIO)}\n"}
+    assert shown(store).contents == {"d/a": b"a" * size, "d/z": b"z" * size}
+    assert spool_files(spool) == unfinished(spool) == []
+
+
+@SIZES
+def test_a_file_that_gets_shorter_while_it_is_read_is_packed_in_the_next_round(
+    spool: Path, store: Path, size: int
+) -> None:
+    """Where the file system has no leases, nothing keeps a program from truncating a file while it is streamed."""
+    for name in ("a", "short", "z"):
+        write(spool / f".desfs/claims/1-earlier/d/{name}", name.encode() * size)
+    done = tampered(spool, store, "d/short", f"retval=0:when={2 if size > 1000 else 1}+")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = shown(store)
+    assert found.contents == {f"d/{name}": name.encode() * size for name in ("a", "short", "z")}
+    assert sorted(map(len, found.entries.values())) == [1, 2]
+    assert rejected(spool) == {}
+    assert spool_files(spool) == unfinished(spool) == []
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_claimed_file_that_went_away_does_not_stop_the_others(spool: Path, store: Path, others: bool) -> None:
+    def effect(name: str) -> None:
+        if name.startswith("build"):
+            for path in (spool / ".desfs/claims").glob("*/d/gone"):
+                path.unlink()
+
+    for name in ("a", "gone", "z") if others else ("gone",):
+        write(spool / "d" / name, name.encode())
+    assert not pack(spool, store, effect=effect).failures
+    assert shown(store).contents == ({"d/a": b"a", "d/z": b"z"} if others else {})
+    assert spool_files(spool) == unfinished(spool) == []
+
+
+class Failing:
+    """A source that gives some bytes and then an error."""
+
+    def __init__(self, good: int) -> None:
+        self._left = good
+
+    def read(self, size: int) -> bytes:
+        if not self._left:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._left -= min(size, self._left)
+        return b"x" * size
+
+
+def test_what_cannot_be_read_is_told_from_what_cannot_be_written(tmp_path: Path) -> None:
+    """The container goes on without a file that fails in the middle; a full disk would end it."""
+    with DesWriter(tmp_path / "c.des") as writer:
+        writer.add_file("before", b"before")
+        with pytest.raises(FileUnreadable, match=os.strerror(errno.EIO)):
+            writer.add_stream("bad", Checksums(Failing(2_000_000)), 3_000_000)
+        writer.add_file("after", b"after")
+    with DesReader(tmp_path / "c.des") as reader:
+        assert reader.get_files_batch(reader.list_files()) == {"before": b"before", "after": b"after"}
+
+
 # --- what cannot be stored ---------------------------------------------------------------------------------------
 
 
@@ -599,6 +724,65 @@ def test_options_that_make_no_sense(spool: Path, store: Path, options: tuple[str
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_variable_that_makes_no_sense_is_named(spool: Path, store: Path) -> None:
+    """A setting of the environment is named as such: nobody gave an option."""
+    for name, value in (("DESFS_SETTLE", "soon"), ("DESFS_MAX_CONTAINER_FILES", "0")):
+        done = desfs("packer", "--once", "--spool", spool, "--store", store, env={**os.environ, name: value})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"desfs: {name} in the environment: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_temporary_names_are_a_setting(spool: Path, store: Path) -> None:
+    """`--temporary`: patterns of names whose owner will rename them, instead of the usual ones."""
+    for name in ("a.wip", "~b", "c.tmp", "d"):
+        write(spool / name, name.encode())
+    done = once(spool, store, "--temporary", "*.wip, ~*,")
+    assert done.returncode == 0, done.stderr
+    assert "2 left: with a temporary name" in done.stdout
+    assert shown(store).contents == {"c.tmp": b"c.tmp", "d": b"d"}
+    assert pack(spool, store, temporary="").files == 2
+
+
+def test_a_name_that_is_not_utf_8_can_be_logged(spool: Path, store: Path, tmp_path: Path) -> None:
+    """The log says what became of it, and nothing else is printed."""
+    write(Path(os.fsdecode(os.fsencode(spool) + b"/bad-\xff")))
+    log = tmp_path / "the.log"
+    done = once(spool, store, env={**os.environ, "DESFS_LOG_FILE": str(log)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bad-\\udcff" in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "given", ["{spool}", "{spool}/store", "{spool}/.desfs/store", "{link}/store", "file://{spool}/a"]
+)
+def test_a_store_inside_the_spool_is_refused(spool: Path, tmp_path: Path, given: str) -> None:
+    """Its containers would be packed into containers, without end: also behind a symbolic link."""
+    write(spool / "a/file")
+    (tmp_path / "link").symlink_to(spool / "a")
+    url = given.format(spool=spool, link=tmp_path / "link")
+    with pytest.raises(UsageError, match="is inside the spool"):
+        run_packer(str(spool), url, PackerSettings(settle=0), once=True)
+    assert spool_files(spool) == ["a", "a/file"]
+
+
+def test_a_store_inside_a_spool_that_is_a_link_is_a_usage_error(spool: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(spool)
+    write(spool / "file")
+    done = once(tmp_path / "link", spool / "store")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"desfs: the store {spool}/store is inside the spool {tmp_path}/link: ")
+    assert spool_files(spool) == ["file"]
+
+
+def test_a_spool_inside_a_store_is_nobodys_harm(store: Path) -> None:
+    """Only the other way round is without end."""
+    write(store / "incoming/file", b"content")
+    assert not pack(store / "incoming", store).failures
+    assert shown(store).contents == {"file": b"content"}
+
+
 def test_a_spool_that_is_not_there(tmp_path: Path, store: Path) -> None:
     """Exit status 2, and the store is not touched."""
     done = once(tmp_path / "missing", store)
@@ -656,6 +840,53 @@ def test_a_signal_ends_a_running_packer_after_its_batch(spool: Path, store: Path
     left = {path for path in spool_files(spool) if (spool / path).is_file()}
     assert {*files, *left} == {f"{index % 5}/{index}" for index in range(300)}
     assert not left & set(files)
+
+
+STUCK = """
+import sys, threading
+from desfs.packer.run import run_packer
+from desfs.settings import PackerSettings
+
+def effect(name):
+    if name.startswith("build"):
+        print(name, flush=True)
+        threading.Event().wait()
+
+run_packer(*sys.argv[1:], PackerSettings(settle=0), once=True, effect=effect)
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_packer_at_once(
+    spool: Path, store: Path, first: signal.Signals, second: signal.Signals
+) -> None:
+    """A packer whose batch does not come to its end, because a disk or a store hangs, ends at the second signal; the
+    next one does what was left."""
+    for number in range(3):
+        write(spool / f"d{number}/file", b"%d" % number)
+    process = subprocess.Popen([sys.executable, "-c", STUCK, spool, store], stdout=subprocess.PIPE, text=True)
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("build")
+            process.send_signal(first)
+            wait_until(lambda: not handles(process.pid, first))
+            assert process.poll() is None  # the first lets it end its batch
+            process.send_signal(second)
+            assert process.wait(PATIENCE_S) == -second
+        finally:
+            process.kill()
+    assert len(unfinished(spool)) >= 3
+    assert not pack(spool, store).failures
+    assert shown(store).contents == {f"d{number}/file": b"%d" % number for number in range(3)}
+    assert spool_files(spool) == unfinished(spool) == []
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal: proc(5), SigCgt."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.findall(r"^SigCgt:\t(\w+)$", status, re.MULTILINE)[0], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize("program", ["rsync", "cp"])

@@ -165,6 +165,15 @@ def test_a_temporary_name_waits_an_hour_for_its_owner(root: Path, clock: Clock) 
         assert set(kinds(spool).values()) == {Kind.SETTLED}
 
 
+def test_other_names_can_be_the_temporary_ones(root: Path, clock: Clock) -> None:
+    with spool_with(root, temporary=["*.wip"], clock=clock) as spool:
+        for name in ("a.wip", "wip/a", "b.tmp", "c"):
+            write(root / name)
+        clock.ahead_s = 10.0
+        settled = dict.fromkeys(("wip/a", "b.tmp", "c"), Kind.SETTLED)
+        assert kinds(spool) == {"a.wip": Kind.TEMPORARY, **settled}
+
+
 # --- what can never be stored ------------------------------------------------------------------------------------
 
 
