@@ -24,7 +24,6 @@ DELETED = 8
 
 MAX_NAME = 0xFFFF  # bytes: the name's length is a u16
 MAX_META = 10 * 1024 * 1024  # bytes per entry
-U64_MAX = 2**64 - 1
 
 BIG_FILE_THRESHOLD = 100 * 1024 * 1024  # bytes; at least so many are stored as an object of their own
 BIG_FILES_FOLDER = "_bigFiles"
@@ -40,8 +39,3 @@ class Footer(NamedTuple):
     index_start: int
     index_length: int
     file_count: int
-
-    @property
-    def tail_start(self) -> int:
-        """Where META and INDEX begin, whichever is first: what a reader wants besides the footer."""
-        return min(self.meta_start, self.index_start)

@@ -238,6 +238,7 @@ class FileSystem:
             "source": self.threads.store.url,
             "uptime_seconds": round(time.time() - self._started, 3),
             "open_containers": {"bytes": size, "files": files},
+            "days": {day.name: {"files": day.file_count()} for day in self.views.known_days()},
             "block_cache": {"blocks": len(self.fetcher.cache), "bytes": self.fetcher.cache.bytes},
             "metrics": metrics.snapshot(),
         }

@@ -16,7 +16,7 @@ import structlog
 
 from des_format.errors import DesFormatError
 from desfs import metrics
-from desfs.errors import DesfsError, errno_of
+from desfs.errors import DesfsError, ReadOnlyMount, errno_of
 from desfs.fs import Attributes, FileSystem
 from desfs.inode import InodeNumber
 from desfs.settings import MountSettings
@@ -50,9 +50,6 @@ def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Cal
                     log.warning("request failed", operation=operation, error=str(error))
                 _count(operation, code)
                 raise pyfuse3.FUSEError(code) from error
-            except pyfuse3.FUSEError as error:
-                _count(operation, error.errno)
-                raise
             except Exception:
                 log.exception("unexpected error", operation=operation)
                 _count(operation, errno.EIO)
@@ -94,7 +91,7 @@ class Operations(pyfuse3.Operations):
     @reply("open")
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise pyfuse3.FUSEError(errno.EROFS)
+            raise ReadOnlyMount("opened for writing")
         # keep_cache: what the kernel has of an immutable file stays true. Control files lose theirs by their mtime.
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
@@ -178,7 +175,7 @@ class Operations(pyfuse3.Operations):
 def _read_only(operation: str) -> Callable[..., Coroutine[Any, Any, NoReturn]]:
     @reply(operation)
     async def refuse(self: Operations, *arguments: object, **options: object) -> NoReturn:
-        raise pyfuse3.FUSEError(errno.EROFS)
+        raise ReadOnlyMount(operation)
 
     return refuse
 

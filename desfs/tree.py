@@ -150,10 +150,6 @@ class DayTree:
                 return member, row
         return None
 
-    def decides(self, path: bytes) -> bool:
-        """True if a container of the tree has an entry or a tombstone of that name."""
-        return any(member.index.find(path) is not None for member in self.members)
-
     def is_directory(self, path: bytes) -> bool:
         """True if a shown file stands somewhere below `path`; the day itself is one always."""
         return not path or path in self._folders

@@ -27,44 +27,26 @@ from des_format.names import name_problem
 from des_format.shards import (
     CONTAINER_SUFFIX,
     ContainerKey,
-    hex_group,
     is_day,
     parse_container_name,
-    placement_shard,
-    shard_hex,
 )
 from desfs import metrics
 from desfs.container import load_container
 from desfs.errors import DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
 from desfs.fetch import OpenContainer, StoreThreads, first_of
 from desfs.inode import Slots
+from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo
 from desfs.tree import DayTree, Member
 
 log = structlog.get_logger(__name__)
 
-LAYOUT_KEY = ".desfs.json"
-_LAYOUT_LIMIT = 64 * 1024  # bytes; it has a few dozen
 _RETIRED_S = 3600.0  # how long a container that left its day can still be read by those who have its files open
 _OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
 _OPEN_DAY_S = 2 * 86400.0
 _EMPTY_S = 60.0  # how long a folder of the root that is no day, and holds no containers, is not looked at again
 _ATTEMPTS = 3  # to open what a listing named: a container may be replaced between the two
-
-
-class Layout(msgspec.Struct, frozen=True):
-    """`.desfs.json`: how the packers of a store place names. What is missing or unknown is not relied on."""
-
-    shard_bits: int = 0
-    placement: str = ""
-    naming: str = ""
-
-    def group_of(self, path: str) -> str | None:
-        """The shard group that holds a path, or None when this layout does not tell."""
-        if self.placement != "directory" or not 1 <= self.shard_bits <= 32:
-            return None
-        return hex_group(shard_hex(placement_shard(path, self.shard_bits), self.shard_bits))
 
 
 class File(NamedTuple):
@@ -201,6 +183,10 @@ class DayView:
     def close(self) -> list[OpenContainer]:
         """Give up the view; the containers that it had open."""
         return [container for container, _ in self._open.values()]
+
+    def file_count(self) -> int | None:
+        """Files that the day shows; None as long as not all of its indexes have been read."""
+        return None if self._complete is None else self._complete.file_count()
 
     def due(self, now: float, refresh_s: float) -> bool:
         """True when the day should be listed again."""
@@ -556,7 +542,7 @@ class Views:
 
     async def _read_layout(self) -> Layout:
         try:
-            answer = await self.threads.run(self.threads.store.get_tail, LAYOUT_KEY, _LAYOUT_LIMIT)
+            answer = await self.threads.run(self.threads.store.get_tail, LAYOUT_KEY, LAYOUT_LIMIT)
             return msgspec.json.decode(answer.data, type=Layout)
         except NoSuchObject:
             return Layout()  # it went after it was listed

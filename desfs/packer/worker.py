@@ -48,10 +48,10 @@ from des_format.source import DEFAULT_TAIL
 from desfs import metrics
 from desfs.container import StoreSource
 from desfs.errors import DesfsError, ObjectExists, StoreError
+from desfs.layout import Layout
 from desfs.packer.batch import Cut, Item, cut
 from desfs.packer.build import Builder, Built
 from desfs.packer.journal import VERSION, Journal, JournalContainer, JournalFile, new_batch_name
-from desfs.packer.layout import StoreLayout
 from desfs.settings import PackerSettings
 from desfs.spool import FileState, Found, Kind, LeaseRefused, Spool
 from desfs.store.base import ObjectInfo
@@ -91,7 +91,7 @@ class Packer:
         spool: Spool,
         store: Retrying,
         client: AssignmentClient,
-        layout: StoreLayout,
+        layout: Layout,
         settings: PackerSettings,
         *,
         effect: Callable[[str], None] = lambda name: None,

@@ -446,7 +446,7 @@ def test_extended_attributes_tell_where_a_file_lies_and_its_metadata(world: Worl
         assert list(await attributes("broken")) == ["user.des.container"]
         assert list(await attributes("none")) == ["user.des.container"]
         inode = (await world.at(f"{DAY}/f")).inode
-        for name in (b"user.other", b"security.selinux", b"user.des.nothing", b"\xff"):
+        for name in (b"user.other", b"security.selinux", b"user.des.nothing", b"\xff", b"user.des.\xff"):
             with pytest.raises(NoSuchAttribute):
                 await world.fs.xattr(inode, name)
         for directory in (ROOT, CONTROL_DIRECTORY, (await world.at(DAY)).inode):

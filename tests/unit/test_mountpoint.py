@@ -41,5 +41,7 @@ def test_mounts_are_found_without_touching_them(tmp_path: Path) -> None:
 
 
 def test_unmounting_what_is_not_mounted_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DesfsError, match=str(tmp_path)):
-        unmount(str(tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (tmp_path, tmp_path / "link/missing"):
+        with pytest.raises(DesfsError, match=f"^{path}: nothing is mounted there$"):
+            unmount(str(path))

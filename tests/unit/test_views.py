@@ -15,10 +15,11 @@ import trio.testing
 from des_format import placement_shard, shard_hex
 from desfs.errors import AccessDenied, DamagedDay, DesfsError, NoSuchPath, StoreError, StoreUnavailable
 from desfs.fetch import StoreThreads
+from desfs.layout import Layout
 from desfs.problems import Problems
 from desfs.store.file import FileStore
 from desfs.tree import DayTree
-from desfs.views import Changes, DayView, Layout, Views
+from desfs.views import Changes, DayView, Views
 from tests.fakes.faulty_store import FaultyStore
 from tests.mount.stores import LAYOUT, WatchedStore, put_container, put_layout, put_sharded
 from tests.unit.containers import Item, build, patched

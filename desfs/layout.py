@@ -1,0 +1,31 @@
+"""`.desfs.json`: how the packers of a store place and name files. Written once, by the first of them. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from des_format.shards import MAX_SHARD_BITS, hex_group, placement_shard, shard_hex
+
+LAYOUT_KEY = ".desfs.json"
+LAYOUT_LIMIT = 64 * 1024  # bytes; it has a few dozen
+
+BY_DIRECTORY = "directory"  # the one rule of placement that this program knows
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """What the file says. What is missing or unknown is not relied on."""
+
+    shard_bits: int = 0
+    placement: str = ""
+    naming: str = ""
+
+    @property
+    def is_known(self) -> bool:
+        """True if this program can place a name as the store's packers do."""
+        return self.placement == BY_DIRECTORY and 1 <= self.shard_bits <= MAX_SHARD_BITS
+
+    def group_of(self, path: str) -> str | None:
+        """The shard group that holds a path, or None when this layout does not tell."""
+        if not self.is_known:
+            return None
+        return hex_group(shard_hex(placement_shard(path, self.shard_bits), self.shard_bits))
