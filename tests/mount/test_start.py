@@ -193,11 +193,11 @@ def test_a_daemon_serves_when_its_command_was_killed(s3: S3Server, bucket: str, 
         with command:
             wait_until(lambda: proxy.requests, "the daemon's first request")
             assert not servers.is_mounted(point.path)
+            (word,) = pipes_of(command.pid)  # where it waits for the daemon's
             command.kill()
         wait_until(lambda: servers.is_mounted(point.path), "the mount")
         pid = daemon_of(point.path)
-        # The pipe to the command is the only one that it has, and is closed when it has tried to say that it is ready.
-        wait_until(lambda: not servers.is_running(pid) or not pipes_of(pid), "the daemon's word")
+        wait_until(lambda: not servers.is_running(pid) or word not in pipes_of(pid), "the daemon's word")
         assert servers.is_running(pid)
         proxy.delay_s = 0
         assert os.listdir(point.path) == [DAY]
