@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import google_crc32c
 import trio
 
 from des_format.errors import CorruptEntry
@@ -44,13 +45,13 @@ _VERIFIED = -2  # for a block: nothing, but that the payload has been verified
 
 @dataclass(eq=False, slots=True)
 class OpenContainer:
-    """A container with a slot. `externals` has the ETag of each external object that has been read, `verified` the rows
-    of large internal payloads that matched their checksum."""
+    """A container with a slot. `externals` has the ETag of each external object that has been read, `verified` the
+    CRC-32C of each block of the large internal payloads that matched their checksum, by row."""
 
     loaded: LoadedContainer
     slot: int
     externals: dict[int, str] = field(default_factory=dict)
-    verified: set[int] = field(default_factory=set)
+    verified: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def info(self) -> ObjectInfo:
@@ -316,12 +317,16 @@ class Fetcher:
         size = int(container.loaded.index.data_length[row])
         parts: list[bytes | memoryview] = []
         at = offset
+        version: str | None = None
         while True:
             number = at // BLOCK
             start = number * BLOCK
             end = min(start + BLOCK, size)
             key = (container.slot, row, number)
             block = await self._block(key, partial(plan, container, row, key, start, end))
+            if parts and container.externals.get(row) != version:
+                raise ObjectReplaced(f"{container.info.key}: entry {row}: its external object was replaced")
+            version = container.externals.get(row)
             parts.append(memoryview(block)[at - start : stop - start])
             at = end
             if at >= stop:
@@ -332,40 +337,54 @@ class Fetcher:
     ) -> tuple[list[_BlockKey], Callable[[], Any]]:
         async def fetch() -> dict[_BlockKey, bytes]:
             try:
-                await self._pass_over(container, row)
+                blocks = await self._pass_over(container, row)
             except CorruptEntry as error:
                 metrics.CHECKSUM_FAILURES.inc()
                 try:
-                    await self._pass_over(container, row)  # once more: it may be the way's fault, not the store's
+                    blocks = await self._pass_over(container, row)  # once more: it may be the way's fault
                 except CorruptEntry:
                     self._problems.report(container.info.key, str(error))
                     raise
-            container.verified.add(row)
+            container.verified[row] = blocks
             return {key: b""}
 
         return [key], fetch
 
-    async def _pass_over(self, container: OpenContainer, row: int) -> None:
-        """Verify a large payload, a few blocks in memory at a time; those that the cache keeps are read from there."""
+    async def _pass_over(self, container: OpenContainer, row: int) -> list[int]:
+        """Verify a large payload, a few blocks in memory at a time; those that the cache keeps are read from there. The
+        CRC-32C of each block, which has to hold when it is fetched again; none where META has no checksum."""
         index = container.loaded.index
         verifier = container.loaded.meta.verifier(index, row)
         if verifier is None:
-            return
+            return []
+        checksums: list[int] = []
         start = int(index.data_offset[row])
         size = int(index.data_length[row])
         for at in range(0, size, _PASS):
             data = await self._range(container, start + at, start + min(at + _PASS, size))
             await trio.to_thread.run_sync(verifier.update, data)
             for low in range(0, len(data), BLOCK):
-                self.cache.put((container.slot, row, (at + low) // BLOCK), data[low : low + BLOCK])
+                block = data[low : low + BLOCK]
+                checksums.append(await trio.to_thread.run_sync(google_crc32c.value, block))
+                self.cache.put((container.slot, row, (at + low) // BLOCK), block)
         verifier.check()
+        return checksums
 
     def _fetch_internal(
         self, container: OpenContainer, row: int, key: _BlockKey, start: int, stop: int
     ) -> tuple[list[_BlockKey], Callable[[], Any]]:
         async def fetch() -> dict[_BlockKey, bytes]:
             offset = int(container.loaded.index.data_offset[row])
-            return {key: await self._range(container, offset + start, offset + stop)}
+            checksums = container.verified[row]
+            for _ in range(2):  # once more on a mismatch: it may be the way's fault, not the store's
+                block = await self._range(container, offset + start, offset + stop)
+                if not checksums or await trio.to_thread.run_sync(google_crc32c.value, block) == checksums[key[2]]:
+                    return {key: block}
+                metrics.CHECKSUM_FAILURES.inc()
+            name = container.loaded.index.entry(row).name
+            problem = f"{container.info.key}: {name!r}: bytes {start} to {stop} are not what was verified before"
+            self._problems.report(container.info.key, problem)
+            raise CorruptEntry(problem)
 
         return [key], fetch
 

@@ -464,6 +464,25 @@ def test_a_large_payload_that_is_wrong_in_the_first_pass_only_is_served(large: W
     run(main)
 
 
+@pytest.mark.parametrize(("times", "served"), [(1, True), (2, False)])
+def test_a_block_that_is_fetched_again_has_to_be_what_was_verified(large: World, times: int, served: bool) -> None:
+    """When META has a checksum, the bytes are verified before anybody sees them: also those of a block that had left
+    the cache. A mismatch is fetched once more, then it is an error that is reported."""
+
+    async def main() -> None:
+        assert await large.read("large") == LARGE  # the last blocks are in the cache now, the first is not
+        flip(large, 5, times=times)
+        if served:
+            assert await large.read("large", 0, 8) == LARGE[:8]
+            assert large.problems.lines() == []
+        else:
+            with pytest.raises(CorruptEntry, match="not what was verified before"):
+                await large.read("large", 0, 8)
+            assert len(large.problems.lines()) == 1
+
+    run(main)
+
+
 def external_world(tmp_path: Path, data: bytes, *, recorded: str | None = None) -> World:
     (tmp_path / "2026-11-20").mkdir()
     with DesWriter(tmp_path / KEY, external_prefix="2026-11-20/") as writer:
