@@ -28,6 +28,7 @@ from desfs.errors import (
     NotADirectory,
     ObjectReplaced,
     StaleInode,
+    StoreError,
 )
 from desfs.fetch import Fetcher, OpenContainer, StoreThreads
 from desfs.inode import (
@@ -163,9 +164,15 @@ class FileSystem:
                 if entry is None or entry.ordinal <= after:
                     continue
                 try:
-                    days.append((entry.ordinal, await self.views.day(name, self.settings.refresh)))
+                    day = await self.views.day(name, self.settings.refresh)
                 except NoSuchPath:
                     continue  # it went meanwhile
+                if day.is_open:
+                    try:
+                        await day.ensure_listed()  # for its mtime
+                    except StoreError as error:
+                        log.warning("a day is shown without having been listed", day=name, error=str(error))
+                days.append((entry.ordinal, day))
             return (DirectoryEntry(day.name.encode(), self._day_attributes(day), place) for place, day in days)
         if inode == CONTROL_DIRECTORY:
             files = self._control.files()

@@ -42,7 +42,31 @@ _NO_MEANING = frozenset(
         "nonempty",
     }
 )
-_FLAGS = frozenset(("allow_other", "noexec", "no_sign_request", "strict"))
+FLAGS = frozenset(("allow_other", "noexec", "no_sign_request", "strict"))
+
+
+# What `desfs mount --help` says of each setting of a mount.
+OPTION_HELP = {
+    "endpoint_url": "S3 endpoint; a custom one is addressed by path",
+    "region": "S3 region",
+    "profile": "AWS profile",
+    "addressing_style": "path, virtual or auto",
+    "no_sign_request": "do not sign requests: public buckets",
+    "ca_bundle": "file of certificates to trust",
+    "deadline": "seconds of tries for a request to the store (60)",
+    "allow_other": "let other users use the mount",
+    "noexec": "no programs from the mount",
+    "uid": "owner shown (who mounts)",
+    "gid": "group shown (who mounts)",
+    "umask": "permission bits taken away, octal (0)",
+    "memory": "bytes of file contents kept, like 512M (256M)",
+    "refresh": "seconds between listings of the open days (10)",
+    "strict": "a day with a damaged container answers EIO",
+    "fsname": "source shown by findmnt (SOURCE)",
+    "log_level": "debug, info, warning or error (info)",
+    "log_format": "text or json (text)",
+    "log_file": "file to log to (stderr with -f, else syslog)",
+}
 
 
 def split_options(text: str) -> list[str]:
@@ -77,7 +101,7 @@ def parse_options(lists: list[str], known: frozenset[str]) -> dict[str, str]:
             nearest = difflib.get_close_matches(name, known | _NO_MEANING, 1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise UsageError(f"unknown mount option {name!r}{hint}")
-        if name in _FLAGS:
+        if name in FLAGS:
             if equals and value not in ("true", "false", "0", "1"):
                 raise UsageError(f"mount option {name} takes no value")
             settings[name] = value or "true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 # What typer's half knows; all else is `SOURCE DIR -o …`, as mount(8) runs it.
@@ -15,7 +16,9 @@ def main() -> None:
         from desfs.cli.mount import main as mount_main
 
         sys.exit(mount_main(arguments[1:]))
-    if len(arguments) >= 2 and arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+    # A source has a slash or a colon, or is there; any other word is a command, or a typing error of one.
+    is_source = bool(arguments) and ("/" in arguments[0] or ":" in arguments[0] or os.path.exists(arguments[0]))
+    if len(arguments) >= 2 and is_source and arguments[0] not in COMMANDS:
         from desfs.cli.mount import main as mount_main
 
         sys.exit(mount_main(arguments))

@@ -14,6 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # a default in brackets is no markup
 )
 
 
@@ -63,7 +64,7 @@ def packer(
 ) -> None:
     """Pack the files of a spool into containers.
 
-    Each option may also stand in the environment: DESFS_SETTLE for --settle, and so on.
+    Each option but --spool, --store and --once may also stand in the environment: DESFS_SETTLE for --settle, and so on.
     """
     options = dict(locals())
     for name in ("spool", "store", "once"):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from desfs.errors import DesfsError, UsageError
+from desfs.options import FLAGS, OPTION_HELP
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -19,11 +20,17 @@ _READY = b"ready\n"
 
 
 def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, OPTION_HELP)) + 1
+    options = "\n".join(
+        f"  {name if name in FLAGS else name + '=':{width}}  {text}" for name, text in sorted(OPTION_HELP.items())
+    )
     parser = argparse.ArgumentParser(
         prog="desfs mount",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Mount the containers of a store, read-only. Returns when the root answers.",
-        epilog="Exit status: 0 mounted, 2 usage, 32 the mount failed. Without -f a daemon serves the mount; end it "
-        "with umount or fusermount3 -u.",
+        epilog=f"mount options, besides those of mount(8):\n{options}\n\n"
+        "Without -f a daemon serves the mount; desfs umount, umount or fusermount3 -u end it.\n"
+        "Exit status: 0 mounted, 2 usage, 32 the mount failed.",
     )
     parser.add_argument("source", metavar="SOURCE", help="s3://bucket/prefix, file:///directory or a directory")
     parser.add_argument("directory", metavar="DIR", help="where to mount it: an existing directory")
@@ -73,7 +80,7 @@ def _prepare(parsed: argparse.Namespace) -> tuple[Callable[[bool, Callable[[], N
         first = error.errors()[0]
         name = str(first["loc"][0])
         origin = f"mount option {name}" if name in given else f"DESFS_{name.upper()} in the environment"
-        raise UsageError(f"{origin}: {first['msg']}") from None
+        raise UsageError(f"{origin}: {first['msg'].removeprefix('Value error, ')}") from None
     # The daemon's directory is the root: what is relative to ours has to be said in full.
     paths = {"log_file": settings.log_file, "ca_bundle": settings.ca_bundle}
     settings = settings.model_copy(update={name: path and os.path.abspath(path) for name, path in paths.items()})

@@ -22,7 +22,7 @@ def run(spool: str, store: str, once: bool, options: dict[str, Any]) -> int:
     """Run a packer; the exit status."""
     from pydantic import ValidationError
 
-    from assignment.client import AssignmentError
+    from assignment.client import AssignmentError, InvalidRequest
     from des_format.errors import DesFormatError
     from desfs.logs import configure_logs
     from desfs.packer.run import run_packer
@@ -35,12 +35,12 @@ def run(spool: str, store: str, once: bool, options: dict[str, Any]) -> int:
         name = str(first["loc"][0])
         given = options.get(name) is not None
         origin = f"--{name.replace('_', '-')}" if given else f"DESFS_{name.upper()} in the environment"
-        return _fail(f"{origin}: {first['msg']}", EXIT_USAGE)
+        return _fail(f"{origin}: {first['msg'].removeprefix('Value error, ')}", EXIT_USAGE)
     try:
         configure_logs(settings)
         with _progress(once and sys.stderr.isatty()) as progress:
             summary = run_packer(spool, store, settings, once=once, progress=progress)
-    except UsageError as error:
+    except (UsageError, InvalidRequest) as error:
         return _fail(str(error), EXIT_USAGE)
     except (DesfsError, DesFormatError, AssignmentError, OSError) as error:
         return _fail(str(error), EXIT_FAILURE)

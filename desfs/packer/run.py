@@ -7,6 +7,8 @@ import signal
 import socket
 from collections.abc import Callable
 
+import structlog
+
 from assignment.client import open_embedded
 from desfs.errors import UsageError
 from desfs.packer.layout import settle_layout
@@ -15,6 +17,8 @@ from desfs.settings import PackerSettings
 from desfs.spool import Spool
 from desfs.store import open_store
 from desfs.store.url import local_root
+
+log = structlog.get_logger(__name__)
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
@@ -82,6 +86,9 @@ async def _run(
 
             for number in _ENDING:
                 loop.add_signal_handler(number, stop)
-            return await (packer.run_once() if once else packer.run())
+            if once:
+                return await packer.run_once()
+            log.info("packing", spool=str(spool.root), store=store.url)
+            return await packer.run()
     finally:
         store.close()

@@ -158,7 +158,10 @@ class Packer:
                 await self._recover()
                 found = await asyncio.to_thread(self._scan)
                 if self._is_due(found):
+                    before = self.summary.files, self.summary.containers
                     await self._take(found)
+                    files, containers = self.summary.files - before[0], self.summary.containers - before[1]
+                    log.info("packed", files=files, containers=containers)
                 await self._remove_emptied(wait=False)
                 delay = self._settings.scan_interval
             except (DesfsError, DesFormatError, AssignmentError, OSError) as error:

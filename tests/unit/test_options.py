@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from desfs.errors import UsageError
-from desfs.options import parse_options, split_options
+from desfs.options import OPTION_HELP, parse_options, split_options
 from desfs.settings import MountSettings
 
 KNOWN = frozenset(MountSettings.model_fields)
@@ -105,3 +105,8 @@ def test_variables_are_read_and_the_command_line_wins(monkeypatch: pytest.Monkey
     assert MountSettings().refresh == 3
     assert MountSettings().umask == 0o027
     assert MountSettings.model_validate({"refresh": "4"}).refresh == 4
+
+
+def test_help_names_every_option() -> None:
+    """docs/operations.md: `desfs mount --help` lists all options."""
+    assert OPTION_HELP.keys() == MountSettings.model_fields.keys()
