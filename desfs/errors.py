@@ -92,6 +92,10 @@ class NoSuchAttribute(DesfsError):
     """The file has no extended attribute of that name."""
 
 
+class NoSuchNamespace(DesfsError):
+    """No file has extended attributes in the name's namespace."""
+
+
 class DamagedDay(DesfsError):
     """A container of the day was refused, and the mount is strict."""
 
@@ -110,6 +114,7 @@ ERRNO: dict[type[Exception], int] = {
     IsADirectory: errno.EISDIR,
     StaleInode: errno.ESTALE,
     NoSuchAttribute: errno.ENODATA,
+    NoSuchNamespace: errno.EOPNOTSUPP,
     DamagedDay: errno.EIO,
     fmt.DesFormatError: errno.EIO,
     fmt.NoSuchEntry: errno.ENOENT,

@@ -204,8 +204,9 @@ class FileSystem:
         return await self._current(container, self.fetcher.read(container, row, offset, size))
 
     async def xattr(self, inode: int, name: bytes) -> bytes:
-        """An extended attribute. Raises: NoSuchAttribute; StaleInode; StoreError."""
-        if not Xattrs.is_ours(name) or self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
+        """An extended attribute. Raises: NoSuchNamespace, NoSuchAttribute; StaleInode; StoreError."""
+        Xattrs.check_name(name)
+        if self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
             raise NoSuchAttribute(name.decode("utf-8", "backslashreplace"))
         container, row = self._file(inode)
         values = await self._current(container, self._xattrs.of(container, row))

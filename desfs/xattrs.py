@@ -7,10 +7,12 @@ from typing import Any
 
 from des_format.codec import decode_meta
 from des_format.errors import CorruptMeta
+from desfs.errors import NoSuchAttribute, NoSuchNamespace
 from desfs.fetch import Fetcher, OpenContainer, StoreThreads
 
 _WINDOW = 256 * 1024  # bytes of META in one GET: the metadata of about a thousand neighbours
 _MAX_VALUE = 65536  # XATTR_SIZE_MAX of Linux
+_NAMESPACE = b"user."
 _PREFIXES = (b"user.des.", b"user.mime_type", b"user.sha256")
 
 
@@ -22,9 +24,17 @@ class Xattrs:
         self._fetcher = fetcher
 
     @staticmethod
-    def is_ours(name: bytes) -> bool:
-        """False for names that no file of ours has; `ls -l` asks for such ones of every file."""
-        return name.startswith(_PREFIXES)
+    def check_name(name: bytes) -> None:
+        """Raises: NoSuchNamespace, NoSuchAttribute for names that no file of ours has.
+
+        `ls -l` asks for `security.selinux` and `system.posix_acl_access`, and after "not supported" it does not ask for
+        those of any other file of the mount (coreutils, lib/file-has-acl.c and src/ls.c: errno_unsupported).
+        """
+        shown = name.decode("utf-8", "backslashreplace")
+        if not name.startswith(_NAMESPACE):
+            raise NoSuchNamespace(shown)
+        if not name.startswith(_PREFIXES):
+            raise NoSuchAttribute(shown)
 
     async def of(self, container: OpenContainer, row: int) -> dict[bytes, bytes]:
         """All attributes of a file, by name. Damaged metadata leaves those out that come from it. What is longer than

@@ -23,7 +23,7 @@ import pytest
 from des_format import DesWriter
 from desfs.settings import MountSettings
 from tests.fakes.counting_proxy import CountingProxy
-from tests.mount.mounting import KINDS, mount, mounted, outcome, source_of
+from tests.mount.mounting import KINDS, mount, mounted, outcome, run, source_of
 from tests.mount.stores import meta_of, put_container
 from tests.servers import S3Server, mount_point
 
@@ -360,9 +360,25 @@ def test_extended_attributes_are_readable(at: Mount) -> None:
     meta = json.loads(os.getxattr(small, "user.des.meta"), parse_float=str)
     assert meta == {"mtime": "1700000000.123456789", "mode": 0o640, "id": "I", "size": 5}
     assert os.listxattr(at.day) == []
-    nobodys = ("user.sha256", "security.capability", b"user.des.\xff")
-    for path, name in (*((small, name) for name in nobodys), (at.day, "user.des.id")):
+    for path, name in ((small, "user.sha256"), (small, b"user.des.\xff"), (at.day, "user.des.id")):
         assert outcome(partial(os.getxattr, path, name)) == "ENODATA"
+    for path in (small, at.day):
+        assert outcome(partial(os.getxattr, path, "security.capability")) == "ENOTSUP"
+
+
+def test_a_long_listing_asks_for_no_attributes_of_single_files(here: Mount) -> None:
+    """`ls -l` asks for SELinux labels and ACLs until it hears that there are none: once each, not once a file."""
+
+    def asked() -> int:
+        metrics = json.loads((here.root / ".desfs/stats").read_bytes())["metrics"]
+        return sum(
+            int(count) for name, count in metrics.items() if name.startswith("desfs_fuse_requests_total.getxattr.")
+        )
+
+    before = asked()
+    for _ in range(2):
+        assert len(run(["ls", "-l", here.root / "2026-11-19"]).splitlines()) == MANY + 1
+    assert asked() - before <= 8
 
 
 def test_metadata_that_is_too_long_for_an_attribute_is_left_out(here: Mount, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from desfs.errors import (
     DesfsError,
     IsADirectory,
     NoSuchAttribute,
+    NoSuchNamespace,
     NoSuchPath,
     NotADirectory,
     StaleInode,
@@ -446,9 +447,13 @@ def test_extended_attributes_tell_where_a_file_lies_and_its_metadata(world: Worl
         assert list(await attributes("broken")) == ["user.des.container"]
         assert list(await attributes("none")) == ["user.des.container"]
         inode = (await world.at(f"{DAY}/f")).inode
-        for name in (b"user.other", b"security.selinux", b"user.des.nothing", b"\xff", b"user.des.\xff"):
+        for name in (b"user.other", b"user.des.nothing", b"user.des.\xff"):
             with pytest.raises(NoSuchAttribute):
                 await world.fs.xattr(inode, name)
+        for name in (b"security.selinux", b"system.posix_acl_access", b"trusted.x", b"\xff"):
+            for each in (inode, ROOT, CONTROL_DIRECTORY):
+                with pytest.raises(NoSuchNamespace):
+                    await world.fs.xattr(each, name)
         for directory in (ROOT, CONTROL_DIRECTORY, (await world.at(DAY)).inode):
             assert await world.fs.xattr_names(directory) == []
             with pytest.raises(NoSuchAttribute):
