@@ -190,8 +190,7 @@ class FileSystem:
         day, path = self._directory(inode)
         if not path:
             return ROOT
-        folder = path.rpartition(b"/")[0]
-        return directory_inode(day.name.encode() + b"/" + folder if folder else day.name.encode())
+        return self._directory_inode(day.name.encode(), path.rpartition(b"/")[0])
 
     async def read(self, inode: int, offset: int, size: int) -> bytes | memoryview:
         """The bytes [offset, offset + size) of a file, every one up to its end: the kernel fills a short answer with
@@ -286,14 +285,20 @@ class FileSystem:
         return File(container, row)
 
     def _day_attributes(self, day: DayView) -> Attributes:
-        inode = directory_inode(day.name.encode())
+        inode = self._directory_inode(day.name.encode(), b"")
         self._directories[inode] = (day, b"")
         return Attributes(inode, self._directory_mode, 0, day.mtime_ns, self.settings.refresh)
 
     def _directory_attributes(self, day: DayView, path: bytes) -> Attributes:
-        inode = directory_inode(day.name.encode() + b"/" + path)
+        inode = self._directory_inode(day.name.encode(), path)
         self._directories[inode] = (day, path)
         return Attributes(inode, self._directory_mode, 0, day.mtime_ns, self.settings.refresh)
+
+    def _directory_inode(self, day: bytes, path: bytes) -> InodeNumber:
+        """The inode of a directory of a day; `path` is b"" for the day itself."""
+        if not path:
+            return directory_inode(day)
+        return directory_inode(day + b"/" + path, self.views.layout.group_of(path.decode() + "/"))
 
     def _file_attributes(self, container: OpenContainer, row: int) -> Attributes:
         loaded = container.loaded
@@ -339,7 +344,7 @@ class FileSystem:
     def _forget(self, changes: Changes) -> None:
         if self._kernel is None:
             return
-        self._kernel.forget_attributes(directory_inode(changes.day))
+        self._kernel.forget_attributes(self._directory_inode(changes.day, b""))
         for path in changes.paths:
             folder, _, name = path.rpartition(b"/")
-            self._kernel.forget_entry(directory_inode(changes.day + b"/" + folder if folder else changes.day), name)
+            self._kernel.forget_entry(self._directory_inode(changes.day, folder), name)

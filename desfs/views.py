@@ -34,7 +34,7 @@ from desfs import metrics
 from desfs.container import load_container
 from desfs.errors import DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
 from desfs.fetch import OpenContainer, StoreThreads, first_of
-from desfs.inode import Slots
+from desfs.inode import Slots, preferred_slot
 from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo
@@ -232,8 +232,11 @@ class DayView:
         return named
 
     def _take(self, found: list[tuple[ObjectInfo, ContainerKey]]) -> None:
-        """Make a listing the current one. Ordinals of containers that stay do not change."""
+        """Make a listing the current one. Ordinals of containers that stay do not change. The first ones are given in
+        the order of slots, so that the day's listing has the order of inodes; those of later arrivals follow."""
         candidates: dict[str, Candidate] = {}
+        if self._listed_at is None:
+            found = sorted(found, key=lambda each: preferred_slot(each[0].key, each[0].etag))
         for info, name in found:
             old = self._candidates.get(info.key)
             if old is not None and old.info.etag == info.etag:

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 import trio
 
-from des_format import CorruptEntry, DesFormatError, DesWriter, UnsupportedEntry
+from des_format import CorruptEntry, DesFormatError, DesWriter, UnsupportedEntry, placement_shard, shard_hex
 from des_format.layout import COMPRESSED
 from desfs.errors import (
     DesfsError,
@@ -27,10 +27,10 @@ from desfs.errors import (
     errno_of,
 )
 from desfs.fs import Attributes, FileSystem
-from desfs.inode import CONTROL_DIRECTORY, ROOT, InodeNumber, directory_inode
+from desfs.inode import CONTROL_DIRECTORY, ROOT, InodeNumber, directory_inode, split_file_inode
 from desfs.settings import MountSettings
 from desfs.store.file import FileStore
-from tests.mount.stores import WatchedStore, put_container, put_sharded
+from tests.mount.stores import WatchedStore, put_container, put_layout, put_sharded
 from tests.unit.containers import Item, build
 
 DAY = "2026-11-20"
@@ -117,6 +117,42 @@ def test_files_have_the_attributes_of_their_metadata(world: World) -> None:
             found = await world.at(f"{DAY}/{name}")
             assert found[1:4] == (stat.S_IFREG | mode, size, at_ns), name
             assert await world.fs.getattr(found.inode) == found
+
+    run(world, main)
+
+
+@pytest.mark.parametrize("shard_bits", [4, 8])
+def test_a_listing_is_in_the_order_of_inodes_which_is_that_of_the_data(tmp_path: Path, shard_bits: int) -> None:
+    """docs/architecture.md: `tar` walks in the order of the listing, `cp -r` in that of inodes: both read one container
+    after the other, each from its start to its end."""
+    world, old = World(tmp_path), "2020-02-29"
+    flat = {f"f{n}": b"%d" % n for n in range(300)}
+    deep = {f"d{n % 40}/f{n}": b"%d" % n for n in range(300)}
+    for day, files in ((DAY, flat), (old, deep)):
+        shards: dict[str, dict[str, bytes]] = {}
+        for name in sorted(files):
+            shard = shard_hex(placement_shard(name, shard_bits), shard_bits)
+            shards.setdefault(f"{shard}-{len(shards) % 2 + 1:06d}", {})[name] = files[name]
+        for stem, members in shards.items():
+            put_container(world.root / day / f"{stem}.des", members)
+    put_layout(world.root, b'{"shard_bits": %d, "placement": "directory"}' % shard_bits)
+
+    async def main() -> None:
+        inodes = [entry.attributes.inode for entry in await world.fs.entries((await world.at(DAY)).inode, 0)]
+        assert len(inodes) == 300
+        assert inodes == sorted(inodes)
+        before = set(inodes)
+        world.put(f"{DAY}/00-000009.des", "later")
+        await world.fs.refresh()
+        now = [entry.attributes.inode for entry in await world.fs.entries((await world.at(DAY)).inode, 0)]
+        assert now[:-1] == inodes
+        assert now[-1] not in before
+        directories = [entry.attributes.inode for entry in await world.fs.entries((await world.at(old)).inode, 0)]
+        assert len(directories) == 40
+        for order in (directories, sorted(directories)):
+            first = [next(await world.fs.entries(inode, 0)).attributes.inode for inode in order]
+            groups = [split_file_inode(inode)[0] >> 30 - shard_bits for inode in first]
+            assert groups == sorted(groups)
 
     run(world, main)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from desfs.inode import (
     directory_inode,
     file_inode,
     is_directory_inode,
+    preferred_slot,
     split_file_inode,
 )
 
@@ -28,12 +30,43 @@ def test_a_file_is_its_slot_and_row(slot: int, row: int) -> None:
     assert not is_directory_inode(inode)
 
 
-@given(st.binary(max_size=50))
-def test_a_directory_has_the_hash_of_its_path(path: bytes) -> None:
-    inode = directory_inode(path)
+@given(st.binary(max_size=50), st.sampled_from([None, "x3", "x3f", "x3f1", "d10", "other"]))
+def test_a_directory_has_the_hash_of_its_path(path: bytes, group: str | None) -> None:
+    inode = directory_inode(path, group)
     assert is_directory_inode(inode)
     assert 0 < inode < 2**63
-    assert inode == directory_inode(path)
+    assert inode == directory_inode(path, group)
+    assert inode != directory_inode(path + b"x", group)
+
+
+GROUPS = [[f"{n:0{digits}x}" for n in range(0, 16**digits, step)] for digits, step in ((1, 1), (2, 1), (3, 64))]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@given(st.lists(st.text("ab", max_size=8), min_size=256, max_size=256))
+def test_directories_sort_by_the_group_of_their_files(groups: list[str], paths: list[str]) -> None:
+    """`cp -r` walks in the order of inodes: group by group, as slots do."""
+    inodes = [directory_inode(path.encode(), f"x{group}") for group, path in zip(groups, paths, strict=False)]
+    first = [inode >> 54 & 255 for inode in inodes]
+    assert first == sorted(first)
+    assert first == [int(f"{group:0<2}"[:2], 16) for group in groups]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_slots_begin_with_the_group(groups: list[str]) -> None:
+    """The containers of one shard are neighbours in the order of inodes, whatever days and parts there are."""
+    slots = Slots[int]()
+    for group in groups:
+        for key in (f"2026-11-20/{group}.des", f"2026-11-19/{group}-000001.des", f"x/{group}-000002-000010.des"):
+            slot = slots.add(key, "etag", lambda slot: slot)
+            assert slot == preferred_slot(key, "etag")
+            assert slot >> 22 == int(f"{group:0<2}"[:2], 16) or (len(group) == 1 and slot >> 26 == int(group, 16))
+
+
+def test_other_containers_have_any_slot() -> None:
+    slots = [preferred_slot(f"2026-11-20/{name}.des", "e") for name in ("shard_10", "shard_11", "other", "x", "xz")]
+    assert len({slot >> 22 for slot in slots}) > 1
+    assert all(0 <= slot < 2**30 for slot in slots)
 
 
 def test_root_and_control_files_are_neither() -> None:
@@ -69,6 +102,14 @@ def test_on_a_collision_the_next_free_slot_is_taken() -> None:
     slots.remove(one[1])
     assert slots.get(one[1]) is None
     assert slots.add("k", "1", lambda slot: ("three", slot))[1] == one[1]
+
+
+def test_on_a_collision_a_slot_stays_in_its_group() -> None:
+    slots = Slots[int]()
+    taken = [slots.add("7f.des", "1", lambda slot: slot) for _ in range(3)]
+    assert taken == [taken[0], taken[0] + 1, taken[0] + 2]
+    last = next(etag for etag in map(str, itertools.count()) if (preferred_slot("00.des", etag) + 1) % 2**22 == 0)
+    assert [slots.add("00.des", last, lambda slot: slot) for _ in range(2)] == [2**22 - 1, 1]  # 0 is the root's
 
 
 def test_a_slot_that_was_freed_is_its_versions_for_ever() -> None:
