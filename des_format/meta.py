@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from des_format.blocks import BLOCK, BlockChecksums, parse_blocks
 from des_format.codec import Buffer
 from des_format.errors import CorruptEntry
 from des_format.index import BAD_META, Index
@@ -21,6 +22,10 @@ NO_TIME = np.iinfo(np.int64).min
 NO_MODE = 0xFFFF
 _MAX_TIME_S = (2**63 - 1) // 1_000_000_000  # whole seconds: a fraction must fit behind them
 _PERMISSIONS = 0o7777
+# Checksums of blocks of one container, and what Python needs to hold them: those of some 60 TiB. A container that has
+# more is out for memory.
+_MAX_BLOCK_BYTES = 64 * 1024 * 1024
+_OBJECT_BYTES = 256  # of a BlockChecksums, its bytes and its place in the dict
 
 
 class _Keys(msgspec.Struct):
@@ -33,6 +38,23 @@ class _Keys(msgspec.Struct):
     crc32c: msgspec.Raw = msgspec.Raw()
     sha256: msgspec.Raw = msgspec.Raw()
     external_key: msgspec.Raw = msgspec.Raw()
+    crc32c_blocks: msgspec.Raw = msgspec.Raw()
+
+
+class _External:
+    """What the keys say that only external rows have. Derived once for all rows that share their metadata."""
+
+    __slots__ = ("blocks", "broken", "key")
+
+    def __init__(self, keys: _Keys) -> None:
+        self.key = _text(bytes(keys.external_key)) if keys.external_key else None
+        self.blocks: BlockChecksums | None = None
+        self.broken = False
+        try:
+            if keys.crc32c_blocks:
+                self.blocks = parse_blocks(bytes(keys.crc32c_blocks))
+        except ValueError:
+            self.broken = True
 
 
 _decoder = msgspec.json.Decoder(_Keys)
@@ -44,10 +66,20 @@ class MetaColumns:
     `mtime_ns: i64[rows]` (NO_TIME: not given), `mode: u16[rows]` permission bits (NO_MODE: not given),
     `crc32c: u32[rows]` valid where `has_crc32c`, `damaged: bool[rows]` (no JSON object, or at odds with the index);
     `sha256` holds the digests of the rows that have one and no crc32c, `external_key` the recorded keys of external
-    rows.
+    rows, `external_blocks` the checksums of their blocks where they have them.
     """
 
-    __slots__ = ("crc32c", "damaged", "external_key", "has_crc32c", "mode", "mtime_ns", "sha256")
+    __slots__ = (
+        "_block_bytes",
+        "crc32c",
+        "damaged",
+        "external_blocks",
+        "external_key",
+        "has_crc32c",
+        "mode",
+        "mtime_ns",
+        "sha256",
+    )
 
     def __init__(self, rows: int) -> None:
         self.mtime_ns: npt.NDArray[np.int64] = np.full(rows, NO_TIME, np.int64)
@@ -57,6 +89,8 @@ class MetaColumns:
         self.damaged: npt.NDArray[np.bool_] = np.zeros(rows, np.bool_)
         self.sha256: dict[int, str] = {}
         self.external_key: dict[int, str] = {}
+        self.external_blocks: dict[int, BlockChecksums] = {}
+        self._block_bytes = 0  # held in `external_blocks`
 
     def fill(self, index: Index, raw: Buffer, start: int) -> None:
         """Decode the rows whose META lies in `raw`, which begins at byte `start` of the container."""
@@ -74,7 +108,11 @@ class MetaColumns:
         self.damaged[rows] = False
         mtimes, modes, crcs = array("q"), array("H"), array("q")
         decoded: tuple[int, int] | None = None
-        keys = _Keys()
+        keys: _Keys | None = None
+        # What follows is derived once for all rows that share their metadata: they may be a million, and it 10 MiB.
+        mtime_ns, mode, crc = NO_TIME, NO_MODE, -1
+        own_size, sha256 = b"", ""
+        external: _External | None = None
         for row, offset, length, size in zip(
             rows.tolist(),
             (offsets[rows] - np.uint64(start)).tolist(),
@@ -82,37 +120,55 @@ class MetaColumns:
             index.data_length[rows].tolist(),
             strict=True,
         ):
-            mtime_ns, mode, crc = NO_TIME, NO_MODE, -1
-            try:
-                if decoded != (offset, length):
-                    decoded = None
+            if decoded != (offset, length):
+                decoded = (offset, length)
+                mtime_ns, mode, crc = NO_TIME, NO_MODE, -1
+                sha256, external = "", None
+                try:
                     if not sound:
                         str(view[offset : offset + length], "utf-8")
                     keys = _decoder.decode(view[offset : offset + length])
-                    decoded = (offset, length)
-                if keys.size and bytes(keys.size) != b"%d" % size:
-                    raise ValueError(f"size {bytes(keys.size)!r}")
-            except (msgspec.MsgspecError, ValueError, RecursionError):
+                except (msgspec.MsgspecError, ValueError, RecursionError):
+                    keys = None
+                else:
+                    own_size = bytes(keys.size)
+                    if keys.mtime:
+                        mtime_ns = _nanoseconds(bytes(keys.mtime))
+                    if keys.mode and bytes(keys.mode).isdigit():
+                        mode = int(bytes(keys.mode)[:12]) & _PERMISSIONS
+                    if keys.crc32c:
+                        crc = _hex_value(bytes(keys.crc32c), 8)
+                    if crc < 0 and keys.sha256 and _hex_value(bytes(keys.sha256), 64) >= 0:
+                        sha256 = bytes(keys.sha256)[1:-1].decode("ascii")
+            if keys is None or (own_size and own_size != b"%d" % size):
                 self.damaged[row] = True
-            else:
-                if keys.mtime:
-                    mtime_ns = _nanoseconds(bytes(keys.mtime))
-                if keys.mode and bytes(keys.mode).isdigit():
-                    mode = int(bytes(keys.mode)[:12]) & _PERMISSIONS
-                if keys.crc32c:
-                    crc = _hex_value(bytes(keys.crc32c), 8)
-                if crc < 0 and keys.sha256 and _hex_value(bytes(keys.sha256), 64) >= 0:
-                    self.sha256[row] = bytes(keys.sha256)[1:-1].decode("ascii")
-                if keys.external_key and index.flags[row] & EXTERNAL:
-                    self.external_key[row] = _text(bytes(keys.external_key))
+                mtimes.append(NO_TIME)
+                modes.append(NO_MODE)
+                crcs.append(-1)
+                continue
             mtimes.append(mtime_ns)
             modes.append(mode)
             crcs.append(crc)
+            if sha256:
+                self.sha256[row] = sha256
+            if (keys.external_key or keys.crc32c_blocks) and index.flags[row] & EXTERNAL:
+                if external is None:
+                    external = _External(keys)
+                self._take_external(row, size, external)
         self.mtime_ns[rows] = np.frombuffer(mtimes, np.int64)
         self.mode[rows] = np.frombuffer(modes, np.uint16)
         found = np.frombuffer(crcs, np.int64)
         self.has_crc32c[rows] = found >= 0
         self.crc32c[rows] = found.astype(np.uint32)
+
+    def _take_external(self, row: int, size: int, external: _External) -> None:
+        if external.key is not None:
+            self.external_key[row] = external.key
+        if external.blocks is not None and external.blocks.fits(size) and self._block_bytes <= _MAX_BLOCK_BYTES:
+            self.external_blocks[row] = external.blocks
+            self._block_bytes += len(external.blocks.crc32c) + _OBJECT_BYTES
+        elif external.blocks is not None or external.broken:
+            self.damaged[row] = True
 
     @staticmethod
     def _affordable(offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32], region: int) -> int:
@@ -130,6 +186,14 @@ class MetaColumns:
         if self.has_crc32c[row]:
             return PayloadVerifier(index, row, crc32c=f"{int(self.crc32c[row]):08x}")
         return PayloadVerifier(index, row, sha256=self.sha256[row]) if row in self.sha256 else None
+
+    def block_checksums(self, index: Index, row: int) -> BlockChecksums | None:
+        """What checks the blocks of an external payload, each by itself; None if META has nothing for that. A payload
+        that is no longer than a block needs no more than its own checksum."""
+        blocks = self.external_blocks.get(row)
+        if blocks is None and self.has_crc32c[row] and index.flags[row] & EXTERNAL and index.data_length[row] <= BLOCK:
+            blocks = BlockChecksums(BLOCK, int(self.crc32c[row]).to_bytes(4, "little"))
+        return blocks
 
     def verify(self, index: Index, row: int, payload: Buffer) -> None:
         """Compare a payload with the checksum that META has for it, if any. Raises: CorruptEntry."""

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from des_format.blocks import BlockSummer
 from des_format.codec import Buffer, build_footer, build_header, build_record, encode_meta
-from des_format.errors import SizeMismatch, WriterClosed
+from des_format.errors import InvalidMeta, SizeMismatch, WriterClosed
 from des_format.layout import BIG_FILE_THRESHOLD, EXTERNAL, HEADER, Footer
 from des_format.names import check_writable, external_key
 
@@ -51,7 +52,8 @@ class DesWriter:
     Leaving the block closes the container, an exception discards it. Payloads of `big_file_threshold` bytes or more,
     and those added with `force_external`, become objects of their own: `{external_prefix}_bigFiles/{name}` in
     `external_store`, or without one the file `_bigFiles/{name}` beside the container. `external_prefix` is the folder
-    of the key that the container will have, with its `/`: readers look there.
+    of the key that the container will have, with its `/`: readers look there. Their metadata has the checksums of their
+    blocks (`des_format.blocks`) if they are longer than one.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class DesWriter:
         data = memoryview(data).cast("B")  # whose length is bytes
         if force_external or len(data) >= self._big_file_threshold:
             key = self._external_key(name)
-            encoded = encode_meta(meta, len(data), key)
+            summer = BlockSummer(len(data))
+            summer.update(data)
+            encoded = _encode_external(meta, len(data), key, summer)
             if self._external_store is not None:
                 self._external_store.put(key, bytes(data))
             else:
@@ -151,11 +155,14 @@ class DesWriter:
             key = self._external_key(name)
             staged = self._stage_external(name)
             try:
+                summer = BlockSummer(size)
                 with open(staged, "xb") as file:
-                    file.writelines(_chunks(source, size, name))
+                    for chunk in _chunks(source, size, name):
+                        file.write(chunk)
+                        summer.update(chunk)
                     file.flush()
                     os.fsync(file.fileno())
-                encoded = encode_meta(meta() if callable(meta) else meta, size, key)
+                encoded = _encode_external(meta() if callable(meta) else meta, size, key, summer)
                 if self._external_store is not None:
                     self._external_store.put(key, staged)
             except BaseException:
@@ -180,7 +187,8 @@ class DesWriter:
         self._position += size
 
     def add_external(self, name: str, size: int, meta: Meta = None, *, key: str | None = None) -> None:
-        """Record an entry whose payload its caller has stored already, under `key` or where readers look for it."""
+        """Record an entry whose payload its caller has stored already, under `key` or where readers look for it. What
+        `meta` says of it is written as it is: checksums of its blocks come from a `BlockSummer`."""
         raw_name = self._check(name)
         encoded = encode_meta(meta, size, key if key is not None else self._external_key(name))
         self._append(raw_name, 0, size, encoded, EXTERNAL)
@@ -290,6 +298,16 @@ class DesWriter:
     def _append(self, name: bytes, offset: int, length: int, meta: bytes, flags: int) -> None:
         self._records.append((name, offset, length, len(self._meta), len(meta), flags))
         self._meta += meta
+
+
+def _encode_external(meta: Meta, size: int, key: str, summer: BlockSummer) -> bytes:
+    """Metadata with the checksums of the blocks; what the application has set itself stays, and where its metadata
+    leaves no room there are none."""
+    blocks = {name: value for name, value in summer.meta().items() if name not in (meta or {})}
+    if blocks:
+        with suppress(InvalidMeta):
+            return encode_meta({**(meta or {}), **blocks}, size, key)
+    return encode_meta(meta, size, key)
 
 
 def _chunks(source: ReadableBytes, size: int, name: str) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import google_crc32c
 
+from des_format.blocks import BlockSummer
 from des_format.errors import SizeMismatch
 from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import external_key
@@ -32,10 +33,11 @@ class FileUnreadable(DesfsError):
 
 
 class Checksums:
-    """A source of bytes that takes their SHA-256 and CRC-32C as they pass."""
+    """A source of bytes that takes their SHA-256 and CRC-32C as they pass, and with `blocks` that of each block."""
 
-    def __init__(self, source: ReadableBytes) -> None:
+    def __init__(self, source: ReadableBytes, blocks: BlockSummer | None = None) -> None:
         self._source = source
+        self._blocks = blocks
         self._sha256 = sha256()
         self._crc32c = 0
 
@@ -47,11 +49,14 @@ class Checksums:
             raise FileUnreadable(str(error.strerror)) from error
         self._sha256.update(data)
         self._crc32c = google_crc32c.extend(self._crc32c, data)
+        if self._blocks is not None:
+            self._blocks.update(data)
         return data
 
-    def meta(self) -> dict[str, str]:
-        """The keys of META for what has been read."""
-        return {"sha256": self._sha256.hexdigest(), "crc32c": f"{self._crc32c:08x}"}
+    def meta(self) -> dict[str, Any]:
+        """The keys of META for what has been read. Raises: SizeMismatch when it is not what `blocks` was made for."""
+        blocks = {} if self._blocks is None else self._blocks.meta()
+        return {"sha256": self._sha256.hexdigest(), "crc32c": f"{self._crc32c:08x}", **blocks}
 
 
 @dataclass(slots=True)
@@ -120,15 +125,16 @@ class Builder:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or FileState.of(status) != item.state or not take_lease(descriptor):
                 raise FileChanged(item.path)
-            checksums = Checksums(source)
+            size = item.state.size
+            external = size >= self._big_file_threshold
+            checksums = Checksums(source, BlockSummer(size) if external else None)
 
             def checked_meta() -> dict[str, Any]:
                 if FileState.of(os.fstat(descriptor)) != item.state or lease_is_broken(descriptor):
                     raise FileChanged(item.path)
                 return self._meta(item, status, checksums)
 
-            size = item.state.size
-            if size < self._big_file_threshold:
+            if not external:
                 if size > _IN_MEMORY:
                     writer.add_stream(item.name, checksums, size, checked_meta)
                     return
@@ -140,8 +146,8 @@ class Builder:
             while checksums.read(_CHUNK):
                 pass
             checked_meta()  # before the upload: what has changed already need not travel
-            external = self._put_external(path, item, key)
-            writer.add_external(item.name, size, checked_meta(), key=external)
+            stored = self._put_external(path, item, key)
+            writer.add_external(item.name, size, checked_meta(), key=stored)
 
     def _put_external(self, path: Path, item: Item, key: str) -> str:
         """Store a payload of its own where every reader looks; the key. Where an earlier version of the name has taken

@@ -21,6 +21,7 @@ PURE = frozenset(
         "des_format/names.py",
         "des_format/shards.py",
         "des_format/codec.py",
+        "des_format/blocks.py",
         "des_format/index.py",
         "des_format/plan.py",
         "desfs/tree.py",
