@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install -
 RUN_PACKAGES := python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3
 TEST_PACKAGES := $(RUN_PACKAGES) redis-server rsync attr strace
 
+# What an installation is made from, besides the modules themselves.
+INSTALLED := setup.cfg pyproject.toml setup.py desfs/_levers.c
+
 # Installs those of the packages that are missing; asks the network only then.
 define install-packages
 @missing=; for package in $(1); do \
@@ -68,12 +71,12 @@ $(BIN)/python: | run-packages
 		echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1); desfs needs 3.11 or newer (make PYTHON=python3.12 …)" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-$(BIN)/.dev-stamp: setup.cfg pyproject.toml $(wildcard setup.py) | $(BIN)/python
+$(BIN)/.dev-stamp: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing desfs into .venv'
 	@$(PIP) --editable .
 	@touch $@
 
-$(BIN)/.test-stamp: setup.cfg pyproject.toml $(wildcard setup.py) | $(BIN)/python
+$(BIN)/.test-stamp: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing desfs and what its tests need into .venv'
 	@$(PIP) --editable '.[redis,test]'
 	@touch $@ $(BIN)/.dev-stamp

@@ -40,6 +40,7 @@ from desfs.inode import (
     is_directory_inode,
     split_file_inode,
 )
+from desfs.levers import LEVERS
 from desfs.problems import Problems
 from desfs.settings import MountSettings
 from desfs.store.base import Store
@@ -247,6 +248,7 @@ class FileSystem:
             "open_containers": {"bytes": size, "files": files},
             "days": {day.name: {"files": day.file_count()} for day in self.views.known_days()},
             "block_cache": {"blocks": len(self.fetcher.cache), "bytes": self.fetcher.cache.bytes},
+            "levers": LEVERS.report(),
             "metrics": metrics.snapshot(),
         }
 

@@ -15,6 +15,7 @@ import trio
 from desfs.errors import DesfsError, StoreUnavailable
 from desfs.fetch import first_of
 from desfs.fs import FileSystem
+from desfs.levers import LEVERS
 from desfs.mountpoint import Mounted, mounted_at
 from desfs.operations import KernelNotifier, Operations
 from desfs.settings import MountSettings
@@ -77,7 +78,7 @@ async def _serve(source: str, mountpoint: str, settings: MountSettings, ready: C
                 requests = trio.CancelScope()
                 nursery.start_soon(_answer_signals, requests)
                 nursery.start_soon(fs.run, KernelNotifier())
-                nursery.start_soon(_announce, mountpoint, ready)
+                nursery.start_soon(_announce, mountpoint, ours, ready)
                 with requests:
                     await pyfuse3.main(max_tasks=_MAX_TASKS)
                 nursery.cancel_scope.cancel()
@@ -98,9 +99,12 @@ async def _answer_signals(requests: trio.CancelScope) -> None:
             requests.deadline = min(requests.deadline, trio.current_time() + _END_S)
 
 
-async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
+async def _announce(mountpoint: str, ours: Mounted | None, ready: Callable[[], None]) -> None:
     """Say ready when the root answers through the kernel, not before."""
     await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+    if ours is not None:
+        LEVERS.raise_read_ahead(ours.device)
+    log.info("mounted", mountpoint=mountpoint, levers=LEVERS.report())
     ready()
 
 

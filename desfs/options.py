@@ -63,6 +63,7 @@ OPTION_HELP = {
     "refresh": "seconds between listings of the open days (10)",
     "strict": "a day with a damaged container answers EIO",
     "fsname": "source shown by findmnt (SOURCE)",
+    "levers": "auto, or off: the kernel asks for every open (auto)",
     "log_level": "debug, info, warning or error (info)",
     "log_format": "text or json (text)",
     "log_file": "file to log to (stderr with -f, else syslog)",

@@ -79,6 +79,7 @@ class MountSettings(StoreSettings):
     refresh: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     strict: bool = False
     fsname: str | None = None
+    levers: Literal["auto", "off"] = "auto"
 
 
 class PackerSettings(StoreSettings):

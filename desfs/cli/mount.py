@@ -100,6 +100,9 @@ def _prepare(parsed: argparse.Namespace) -> tuple[Callable[[bool, Callable[[], N
             configure_logs(settings, detached=detached)
         except OSError as error:
             raise UsageError(f"log file {settings.log_file}: {error.strerror}") from error
+        from desfs.levers import LEVERS
+
+        LEVERS.load(settings.levers)  # before anything imports pyfuse3
         from desfs.mount import serve
 
         serve(source, mountpoint, settings, ready)
