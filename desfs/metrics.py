@@ -41,6 +41,28 @@ CHECKSUM_FAILURES = Counter(
 PROBLEMS = Counter("desfs_problems_total", "Defects found in the store: /.desfs/problems names them", registry=REGISTRY)
 CONTAINERS_OPENED = Counter("desfs_containers_opened_total", "Containers whose index was read", registry=REGISTRY)
 
+DISK_CACHE_REQUESTS = Counter(
+    "desfs_disk_cache_requests_total",
+    "Blocks and compiled indexes looked for in the disk cache, by outcome: hit or miss",
+    ["kind", "outcome"],
+    registry=REGISTRY,
+)
+DISK_CACHE_BYTES = Counter(
+    "desfs_disk_cache_bytes_total",
+    "Bytes of blocks and compiled indexes read and written",
+    ["kind", "direction"],
+    registry=REGISTRY,
+)
+DISK_CACHE_ERRORS = Counter(
+    "desfs_disk_cache_errors_total",
+    "What went wrong: read, write (the disk refused), damaged (a checksum did not match: a miss)",
+    ["what"],
+    registry=REGISTRY,
+)
+DISK_CACHE_EVICTED = Counter(
+    "desfs_disk_cache_evicted_bytes_total", "Bytes that made room in the disk cache", registry=REGISTRY
+)
+
 PACKED_FILES = Counter("desfs_packed_files_total", "Spool files that are durable and committed", registry=REGISTRY)
 PACKED_BYTES = Counter("desfs_packed_bytes_total", "Their bytes", registry=REGISTRY)
 
