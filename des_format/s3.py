@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from des_format.errors import BadAnswer, NoSuchObject, ObjectReplaced, SourceError, SourceUnavailable
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
@@ -36,11 +37,17 @@ class RangeAnswer:
     last_modified: datetime | None
 
 
+def build_session(*, region: str | None = None, profile: str | None = None) -> Session:
+    """Whose settings and credentials a client has. What is None comes from the AWS environment."""
+    import boto3
+
+    return boto3.session.Session(profile_name=profile, region_name=region)
+
+
 def build_client(
+    session: Session | None = None,
     *,
     endpoint_url: str | None = None,
-    region: str | None = None,
-    profile: str | None = None,
     addressing_style: Literal["auto", "virtual", "path"] | None = None,
     no_sign_request: bool = False,
     ca_bundle: str | None = None,
@@ -49,16 +56,14 @@ def build_client(
     tries: int = 1,
     connections: int = 32,
 ) -> S3Client:
-    """A boto3 client. What is None comes from the AWS environment and profiles, the endpoint included.
+    """A boto3 client. What is None comes from the session and the AWS environment, the endpoint included.
 
     A custom endpoint implies path style. `tries` counts every try of a request, the first included; it does not cover
     the reading of a body.
     """
-    import boto3
     import botocore
     from botocore.config import Config
 
-    session = boto3.session.Session(profile_name=profile, region_name=region)
     # "auto" is path style with a custom endpoint, from the environment too: botocore/args.py, force_path_style.
     # Checksums: older S3-compatible servers refuse requests that carry the SDK's own.
     config = Config(
@@ -73,6 +78,7 @@ def build_client(
         config = config.merge(Config(s3={"addressing_style": addressing_style}))
     if no_sign_request:
         config = config.merge(Config(signature_version=botocore.UNSIGNED))
+    session = session or build_session()
     return session.client("s3", endpoint_url=endpoint_url, verify=ca_bundle, config=config)
 
 

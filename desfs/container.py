@@ -63,10 +63,10 @@ class StoreSource:
             raise ValueError(f"{self.key}: pinned to {self._info.etag}, not to {etag}")
 
     def read(self, start: int, stop: int) -> bytes:
-        return self._store.get_range(self.key, start, stop, if_match=self._info.etag).data
+        return bytes(self._store.get_range(self.key, start, stop, if_match=self._info.etag).data)
 
     def external(self, name: str, recorded: object, start: int, stop: int, size: int) -> bytes:
-        return read_external(self._store, self.key, name, recorded, start, stop, size).data
+        return bytes(read_external(self._store, self.key, name, recorded, start, stop, size).data)
 
 
 def read_external(

@@ -305,7 +305,7 @@ class Fetcher:
             answer = await self._threads.fetch(
                 self._threads.store.get_range, container.info.key, low, high, if_match=container.info.etag
             )
-            pieces[place] = answer.data
+            pieces[place] = bytes(answer.data)
 
         async with self._budget.taken(stop - start):
             await _in_parallel(partial(get, place, *each) for place, each in enumerate(gets))
@@ -419,7 +419,7 @@ class Fetcher:
                 raise ObjectReplaced(
                     f"{container.info.key}: {index.entry(row).name!r}: its external object was replaced"
                 )
-            return {key: answer.data}
+            return {key: bytes(answer.data)}
 
         return [key], fetch
 

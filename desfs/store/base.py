@@ -35,9 +35,12 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Bytes of one version of an object: `data`, which version (`etag`), and the whole object's `size`."""
+    """Bytes of one version of an object: `data`, which version (`etag`), and the whole object's `size`.
 
-    data: bytes
+    A memoryview keeps no more memory than its own bytes, and nobody changes it.
+    """
+
+    data: bytes | memoryview
     etag: str
     size: int
 

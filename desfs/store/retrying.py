@@ -173,7 +173,7 @@ class Retrying:
             stop = at + len(piece)
             if stop > tail.size:
                 return None
-            if piece and self.get_range(key, at, stop, if_match=tail.etag).data != piece:
+            if piece and bytes(self.get_range(key, at, stop, if_match=tail.etag).data) != piece:
                 return None
             at = stop
         return tail.etag if at == tail.size else None
@@ -185,7 +185,7 @@ class Retrying:
                 continue
             for start in range(piece.start, piece.stop, _COMPARE_PIECE):
                 stop = min(piece.stop, start + _COMPARE_PIECE)
-                yield self.get_range(piece.key, start, stop, if_match=piece.etag).data
+                yield bytes(self.get_range(piece.key, start, stop, if_match=piece.etag).data)
 
 
 def _pieces_of(source: bytes | Path) -> Iterator[bytes]:

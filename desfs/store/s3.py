@@ -1,4 +1,4 @@
-"""A store below a prefix of an S3 bucket. The only module of `desfs` that knows boto3. Any thread may call.
+"""A store below a prefix of an S3 bucket, by boto3, which no other module of `desfs` knows. Any thread may call.
 
 Each call is tried once, but for the parts of a large upload, which are retried one by one: `desfs.store.retrying` does
 the rest.
@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from botocore.exceptions import BotoCoreError, ClientError
+import botocore.session
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.httpsession import get_cert_path
 from s3transfer.utils import ReadFileChunk
 
 import des_format.errors as fmt
@@ -27,6 +31,7 @@ from des_format.s3 import (
     RangeAnswer,
     Trouble,
     build_client,
+    build_session,
     diagnose,
     foreign_errors,
     get_range,
@@ -54,6 +59,7 @@ from desfs.store.multipart import MIN_PART, MULTIPART_THRESHOLD, length_of, part
 from desfs.store.retrying import call_with_retries
 
 if TYPE_CHECKING:
+    from botocore.awsrequest import AWSPreparedRequest
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
@@ -80,8 +86,30 @@ _OPERATIONS = {
     "CompleteMultipartUpload": "complete_upload",
     "AbortMultipartUpload": "abort_upload",
 }
+# Requests of `S3Store.route` ask for this key, and are never sent.
+_PROBE = "probe"
+_SIGV4_SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]*/\d{8}/([^/,]+)/s3/aws4_request")
 # One part of an upload: sends part number n of upload u, and returns its ETag.
 _SendPart = Callable[[str, int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where the client's requests go, for another client that shall make the same: the bucket's URL without a `/` at
+    its end, the region of signatures, and the file of trusted certificates beside the system's own."""
+
+    bucket_url: str
+    region: str
+    ca_file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What requests are signed with at the moment."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
+    token: str | None = field(repr=False)
 
 
 class S3Store:
@@ -104,10 +132,10 @@ class S3Store:
         if options.ca_bundle is not None and not os.path.exists(options.ca_bundle):
             raise UsageError(f"ca_bundle: {options.ca_bundle!r} does not exist")
         try:
+            session = build_session(region=options.region, profile=options.profile)
             self._client: S3Client = build_client(
+                session,
                 endpoint_url=options.endpoint_url,
-                region=options.region,
-                profile=options.profile,
                 addressing_style=options.addressing_style,
                 no_sign_request=options.no_sign_request,
                 ca_bundle=options.ca_bundle,
@@ -121,6 +149,9 @@ class S3Store:
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._part_deadline_s = part_deadline_s
         self._foreign = foreign_errors()
+        self._session = session
+        self._options = options
+        self._probing = _catch_probes(self._client)
         _count_requests(self._client)
 
     @property
@@ -212,6 +243,50 @@ class S3Store:
 
     def close(self) -> None:
         self._client.close()
+
+    # --- for another client --------------------------------------------------------------------------------------
+
+    def route(self) -> Route | None:
+        """Where a GET would go now, found without sending one: the endpoint, the style of addresses and the region by
+        boto3's own rules, after a redirect to another region too. None when requests are signed in another way than
+        by SigV4 for S3. Raises as `get_range`."""
+        self._probing.active = True
+        try:
+            with self._translating(None):
+                self._client.get_object(Bucket=self._bucket, Key=_PROBE)
+        except _NotSent as caught:
+            url = caught.url.partition("?")[0].removesuffix(f"/{_PROBE}")
+            if caught.authorization is None:
+                return Route(url, self._client.meta.region_name, self._ca_file())
+            scope = _SIGV4_SCOPE.match(caught.authorization)
+            return None if scope is None else Route(url, scope[1], self._ca_file())
+        finally:
+            self._probing.active = False
+        raise AssertionError("a probe is not sent")
+
+    def keys(self) -> Keys | None:
+        """The credentials, renewed if it is time; None for requests that are not signed. Raises as `get_range`."""
+        if self._options.no_sign_request:
+            return None
+        with self._translating(None):
+            credentials = self._session.get_credentials()
+            if credentials is None:
+                raise NoCredentialsError
+            now = credentials.get_frozen_credentials()
+            return Keys(now.access_key or "", now.secret_key or "", now.token)
+
+    def refusal(self, status: int, code: str, message: str, key: str) -> StoreError:
+        """The error for a GET that S3 has answered so."""
+        error = ClientError(
+            {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}},  # type: ignore[typeddict-item]
+            "GetObject",
+        )
+        return self._translated(error, key, storing=False)
+
+    def _ca_file(self) -> str:
+        """The certificates that boto3 trusts: the setting's, the environment's, or those that come with botocore."""
+        configured = botocore.session.Session(profile=self._options.profile).get_config_variable("ca_bundle")
+        return str(self._options.ca_bundle or configured or get_cert_path(True))
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -397,6 +472,27 @@ def _received(answer: RangeAnswer) -> Answer:
     return Answer(answer.data, answer.etag, answer.size)
 
 
+class _NotSent(Exception):
+    """A request of `S3Store.route`, caught before it was sent."""
+
+    def __init__(self, request: AWSPreparedRequest) -> None:
+        self.url = str(request.url)
+        found = request.headers.get("Authorization")
+        self.authorization = found.decode("latin-1") if isinstance(found, bytes) else found
+
+
+def _catch_probes(client: S3Client) -> threading.local:
+    """Whoever sets `active` on what this returns gets _NotSent for the next request of this thread."""
+    probing = threading.local()
+
+    def before_send(request: AWSPreparedRequest, **_: Any) -> None:
+        if getattr(probing, "active", False):
+            raise _NotSent(request)
+
+    client.meta.events.register("before-send.s3", before_send)
+    return probing
+
+
 def _count_requests(client: S3Client) -> None:
     """Count every HTTP request that the client makes, redirects and pages of listings included."""
     sent = threading.local()  # both events of a request come in the thread that makes it
@@ -405,6 +501,8 @@ def _count_requests(client: S3Client) -> None:
         sent.at = time.monotonic()
 
     def received(event_name: str, response_dict: dict[str, Any] | None, exception: Any, **_: Any) -> None:
+        if isinstance(exception, _NotSent):
+            return
         name = event_name.rpartition(".")[2]
         operation = _OPERATIONS.get(name, name)
         status = type(exception).__name__ if response_dict is None else str(response_dict["status_code"])

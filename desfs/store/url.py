@@ -35,9 +35,9 @@ def open_store(
     if scheme[1].lower() != "s3":
         raise UsageError(f"{_shown(url)!r} is no store: use {_FORMS}")
     bucket, prefix = _bucket_and_prefix(url)
-    from desfs.store.s3 import S3Store
+    from desfs.store.obstore_s3 import ObstoreS3Store
 
-    return Retrying(S3Store(bucket, prefix, s3_options or S3Options()), deadline_s)
+    return Retrying(ObstoreS3Store(bucket, prefix, s3_options or S3Options()), deadline_s)
 
 
 def local_root(url: str) -> Path | None:

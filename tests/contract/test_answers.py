@@ -20,6 +20,7 @@ from desfs.errors import (
     Throttled,
 )
 from desfs.store import Answer, S3Options
+from desfs.store.obstore_s3 import ObstoreS3Store
 from desfs.store.retrying import Retrying
 from desfs.store.s3 import S3Store
 from tests.contract.store_contract import pattern
@@ -68,11 +69,12 @@ def server() -> Iterator[FaultyS3]:
         yield running
 
 
-@pytest.fixture
-def store(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
+@pytest.fixture(params=[S3Store, ObstoreS3Store], ids=["boto3", "obstore"])
+def store(request: pytest.FixtureRequest, server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-    made = S3Store("bucket", options=S3Options(endpoint_url=server.url), read_timeout_s=0.2)
+    kind: type[S3Store] = request.param
+    made = kind("bucket", options=S3Options(endpoint_url=server.url), read_timeout_s=0.2)
     yield made
     made.close()
 
@@ -95,23 +97,30 @@ def test_no_fault_gives_bytes(store: S3Store, server: FaultyS3, get: Get, fault:
         get(store, server)
     assert caught.value.temporary is (fault in TEMPORARY)
     assert "\n" not in str(caught.value)
-    assert len(server.requests) == 1
+    # A whole object may be a tail, if it is short: obstore hides how long it is, so it is asked for.
+    assert len(server.requests) == 1 + asks_twice(store, get, fault)
+
+
+def asks_twice(store: S3Store, get: Get, fault: str) -> bool:
+    return isinstance(store, ObstoreS3Store) and get is a_tail and fault == "ignore-range"
 
 
 @gets
 @pytest.mark.parametrize("fault", TEMPORARY)
 def test_what_may_pass_is_tried_again(store: S3Store, server: FaultyS3, get: Get, fault: str) -> None:
-    server.script = f"{fault} {fault} ok"
+    faults = [fault] * (2 + 2 * asks_twice(store, get, fault))
+    server.script = " ".join([*faults, "ok"])
     assert get(Retrying(store), server).data == WANTED[get]
-    assert [request.word for request in server.requests] == [fault, fault, "ok"]
+    assert [request.word for request in server.requests] == [*faults, "ok"]
 
 
 @gets
 def test_faults_of_all_kinds_in_a_row(store: S3Store, server: FaultyS3, get: Get) -> None:
     with stamina.set_testing(True, attempts=50):
-        server.script = " ".join(TEMPORARY) + " ok"
+        faults = [fault for fault in TEMPORARY for _ in range(1 + asks_twice(store, get, fault))]
+        server.script = " ".join([*faults, "ok"])
         assert get(Retrying(store), server).data == WANTED[get]
-    assert len(server.requests) == len(TEMPORARY) + 1
+    assert len(server.requests) == len(faults) + 1
 
 
 @gets
@@ -171,13 +180,7 @@ def test_an_empty_object_takes_two_gets(store: S3Store, server: FaultyS3) -> Non
 
 
 def test_an_object_that_is_not_empty_any_more_is_not_read_whole(store: S3Store, server: FaultyS3) -> None:
-    asked: list[str] = []
-
-    def grown(**_: object) -> None:
-        asked.append("")
-        server.body = BODY if len(asked) > 1 else b""
-
-    store._client.meta.events.register("before-send.s3", grown)
+    server.script = "416 ok"
     with pytest.raises(BadAnswer, match="100000 bytes"):
         store.get_tail("key", 100)
 

@@ -11,7 +11,7 @@ empty         206 (200 without a range) with the right Content-Range and no byte
 reset         the connection is reset before any answer
 stall         the request is read, and nothing is ever sent
 wrong-etag    206 with the bytes and the ETag of another version, although If-Match asked for the first
-503, 500, 403, 412, 404   that status, with S3's XML error
+503, 500, 403, 412, 404, 416   that status, with S3's XML error
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ ERRORS = {
     "403": (403, "AccessDenied"),
     "412": (412, "PreconditionFailed"),
     "404": (404, "NoSuchKey"),
+    "416": (416, "InvalidRange"),
 }
 WORDS = frozenset(
     {"ok", "ignore-range", "shifted", "short", "cut", "empty", "reset", "stall", "wrong-etag"} | ERRORS.keys()

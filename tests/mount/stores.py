@@ -146,11 +146,11 @@ class WatchedStore:
 
     def get_range(self, key: str, start: int, stop: int, *, if_match: str | None = None) -> Answer:
         answer = self._call("get", key, lambda: self.inner.get_range(key, start, stop, if_match=if_match))
-        return Answer(self.change("get", key, answer.data), answer.etag, answer.size)
+        return Answer(self.change("get", key, bytes(answer.data)), answer.etag, answer.size)
 
     def get_tail(self, key: str, length: int) -> Answer:
         answer = self._call("tail", key, lambda: self.inner.get_tail(key, length))
-        return Answer(self.change("tail", key, answer.data), answer.etag, answer.size)
+        return Answer(self.change("tail", key, bytes(answer.data)), answer.etag, answer.size)
 
     def put(self, key: str, source: bytes | Path, *, if_absent: bool = True) -> str:
         return self._call("put", key, lambda: self.inner.put(key, source, if_absent=if_absent))
