@@ -1,69 +1,85 @@
 """Getting payloads: single flight, verification, a bounded cache. Trio.
 
-Whole payloads of internal entries are fetched with their neighbours, verified against the checksum in META, and only
-then seen by anybody; external objects are read in blocks.
+The blocks of a container (desfs.blocks) are fetched in pieces: one GET each, or the disk cache, in a thread that also
+checks every payload in it against the checksum in META. What does not match is seen by nobody.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import google_crc32c
+import structlog
 import trio
 
-from des_format.errors import CorruptEntry
-from des_format.layout import EXTERNAL
-from des_format.plan import plan_gets
+from des_format.errors import CorruptEntry, DesFormatError
+from des_format.plan import DEFAULT_MAX_GAP, plan_gets
 from desfs import metrics
-from desfs.container import LoadedContainer, read_external
-from desfs.errors import DeadlineExceeded, ObjectReplaced
+from desfs.blocks import Blocks
+from desfs.container import LoadedContainer
+from desfs.disk_cache import DiskCache, ObjectVersion
+from desfs.errors import DeadlineExceeded, DesfsError
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo, Store
-from desfs.window import neighbourhood
+from desfs.store.link import LinkMeter, Measured
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-BLOCK = 4 * 1024 * 1024  # bytes: long enough that its round trip costs little, short enough to wait for
-MAX_REQUEST = 8 * 1024 * 1024  # bytes: larger payloads come in parallel ranges
-MAX_INFLIGHT = 256 * 1024 * 1024  # bytes being fetched at a time
+# A GET of 4 MiB takes some milliseconds more than its round trip: short enough to wait for, long enough that a thousand
+# small files cost a few of them.
+PIECE = 4 * 1024 * 1024
 STORE_THREADS = 32
+# Pieces fetched ahead at a time; those that somebody waits for come on top.
+AHEAD = 16
 
-# Larger internal payloads are verified in one pass and served in blocks: they need not fit into the cache as a whole.
-LARGE_PAYLOAD = 16 * 1024 * 1024
-
-# slot; row; block of a large payload, or one of the values below. META: slot, _META, first byte.
-_BlockKey = tuple[int, int, int]
-_META = -1  # for a row
-_WHOLE = -1  # for a block: the payload, verified
-_VERIFIED = -2  # for a block: nothing, but that the payload has been verified
+_META = -1  # in the place of a block: META, by its first byte
 
 
 @dataclass(eq=False, slots=True)
 class OpenContainer:
-    """A container with a slot. `externals` has the ETag of each external object that has been read, `verified` the
-    CRC-32C of each block of the large internal payloads that matched their checksum, by row."""
+    """A container with a slot. `externals` has the ETag of each external object that has been read; `verified` the
+    CRC-32C of each unit of the large payloads that matched their checksum as a whole, by row."""
 
     loaded: LoadedContainer
     slot: int
     externals: dict[int, str] = field(default_factory=dict)
     verified: dict[int, list[int]] = field(default_factory=dict)
+    _blocks: Blocks | None = None
+    _pages: bytearray | None = None
 
     @property
     def info(self) -> ObjectInfo:
         return self.loaded.info
 
+    @property
+    def blocks(self) -> Blocks:
+        """How its small payloads are cut; made when something is read from it."""
+        if self._blocks is None:
+            self._blocks = Blocks(self.loaded.index)
+        return self._blocks
+
+    @property
+    def pages(self) -> bytearray:
+        """A byte a row, for whoever pushes its payloads to the kernel."""
+        if self._pages is None:
+            self._pages = bytearray(self.loaded.index.rows)
+        return self._pages
+
 
 class StoreThreads:
     """Runs the blocking store in threads. Listings and indexes have threads of their own: they never wait for payloads.
-    A cancelled call goes on in its thread: a GET's answer is thrown away."""
+    A cancelled call goes on in its thread: a GET's answer is thrown away. `meter` measures every GET."""
 
     def __init__(self, store: Store, deadline_s: float = 60.0, limit: int = STORE_THREADS) -> None:
-        self.store = store
+        self.meter = LinkMeter()
+        self.store: Store = Measured(store, self.meter)
         # The store ends its tries by the deadline, and a try by its time-outs. A server that sends a byte now and then
         # escapes both: twice the deadline ends any call.
         self._limit_s = 2 * deadline_s
@@ -78,359 +94,374 @@ class StoreThreads:
         """Call a blocking function that brings payloads. Raises: as run."""
         return await self._call(self._payloads, partial(function, *arguments, **options))
 
+    async def wait(self, event: trio.Event) -> None:
+        """Wait for what a call brings to somebody else, no longer than a call may take. Raises: DeadlineExceeded."""
+        with trio.move_on_after(self._limit_s):
+            await event.wait()
+            return
+        raise DeadlineExceeded(f"{self.store.url}: no answer within {self._limit_s:g} s")
+
     async def _call(self, limiter: trio.CapacityLimiter, call: Callable[[], T]) -> T:
         with trio.move_on_after(self._limit_s):
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
         raise DeadlineExceeded(f"{self.store.url}: no answer within {self._limit_s:g} s")
 
 
-class ByteBudget:
-    """At most so many bytes at a time; one request larger than all is let in alone. Trio thread only."""
+@dataclass(eq=False, slots=True)
+class Piece:
+    """Verified bytes [start, start + len(data)) of a container or of an object beside it: blocks [first, last) of a
+    slot and `kind`. `bad` are the rows in it that did not match their checksum."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._freed = trio.Condition()
+    slot: int
+    kind: int
+    first: int
+    last: int
+    start: int
+    data: bytes | memoryview
+    bad: frozenset[int] = frozenset()
 
-    @asynccontextmanager
-    async def taken(self, size: int) -> AsyncIterator[None]:
-        async with self._freed:
-            while self._used and self._used + size > self._limit:
-                await self._freed.wait()
-            self._used += size
-        try:
-            yield
-        finally:
-            self._used -= size
-            with trio.CancelScope(shield=True):
-                async with self._freed:
-                    self._freed.notify_all()
+    def places(self) -> Iterable[_Key]:
+        """The keys of what is in it."""
+        return ((self.slot, self.kind, place) for place in range(self.first, self.last))
 
 
-class BlockCache:
-    """Verified bytes by key, least recently used first to go; bounded in bytes. Trio thread only, no locks."""
+# slot; SMALL, a row for a large payload, or _META; block, unit of the payload, or first byte
+_Key = tuple[int, int, int]
+SMALL = -2
+
+
+class PieceCache:
+    """Pieces by what is in them, least recently used first to go; bounded in bytes. Trio thread only, no locks."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._blocks: OrderedDict[_BlockKey, bytes] = OrderedDict()
+        self._pieces: OrderedDict[int, Piece] = OrderedDict()  # by id()
+        self._holders: dict[_Key, Piece] = {}
+        self._of_slot: dict[int, int] = {}
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._pieces)
 
-    def __contains__(self, key: _BlockKey) -> bool:
-        return key in self._blocks
+    def __contains__(self, key: _Key) -> bool:
+        return key in self._holders
 
-    def get(self, key: _BlockKey) -> bytes | None:
-        """The block, which counts as used now."""
-        block = self._blocks.get(key)
-        if block is not None:
-            self._blocks.move_to_end(key)
-        return block
+    def get(self, key: _Key) -> Piece | None:
+        """The piece with that block, which counts as used now."""
+        piece = self._holders.get(key)
+        if piece is not None:
+            self._pieces.move_to_end(id(piece))
+        return piece
 
-    def drop(self, key: _BlockKey) -> None:
-        """Forget a block, if it is there."""
-        self.bytes -= len(self._blocks.pop(key, b""))
+    def bytes_of(self, slot: int) -> int:
+        """Bytes held of the small payloads of a container."""
+        return self._of_slot.get(slot, 0)
 
-    def put(self, key: _BlockKey, block: bytes) -> None:
-        """Keep a block; older ones make room. A block larger than the whole cache is not kept."""
-        if len(block) > self._max_bytes:
+    def put(self, piece: Piece) -> None:
+        """Keep a piece; older ones make room. One that is larger than the whole cache is not kept."""
+        size = len(piece.data)
+        if size > self._max_bytes:
             return
-        self.bytes += len(block) - len(self._blocks.pop(key, b""))
-        self._blocks[key] = block
+        for key in piece.places():
+            self._holders[key] = piece  # of two pieces with a block the newer one
+        self._pieces[id(piece)] = piece
+        self._count(piece, size)
         while self.bytes > self._max_bytes:
-            _, dropped = self._blocks.popitem(last=False)
-            self.bytes -= len(dropped)
+            _, oldest = self._pieces.popitem(last=False)
+            self._forget(oldest)
+
+    def drop(self, key: _Key) -> None:
+        """Forget the piece with that block, if there is one."""
+        piece = self._holders.get(key)
+        if piece is not None:
+            del self._pieces[id(piece)]
+            self._forget(piece)
+
+    def _count(self, piece: Piece, size: int) -> None:
+        self.bytes += size
+        if piece.kind == SMALL:
+            held = self._of_slot.pop(piece.slot, 0) + size
+            if held:
+                self._of_slot[piece.slot] = held
+
+    def _forget(self, piece: Piece) -> None:
+        self._count(piece, -len(piece.data))
+        for key in piece.places():
+            if self._holders.get(key) is piece:
+                del self._holders[key]
 
 
-class _Flight:
-    """One fetch under way. `error` is for those who wait; a leader that was cancelled leaves none, and one of them
-    leads again."""
+class Flight:
+    """One fetch under way, and who waits for it. `wanted` fetches start at once, the others when there is room."""
 
-    __slots__ = ("done", "error", "found", "wanted")
+    __slots__ = ("bring", "done", "error", "go", "keys", "piece", "running")
 
-    def __init__(self, wanted: _BlockKey) -> None:
-        self.wanted = wanted
+    def __init__(self, keys: list[_Key], bring: Callable[[], Awaitable[Piece]]) -> None:
+        self.keys = keys
+        self.bring = bring
+        self.go = trio.Event()
         self.done = trio.Event()
+        self.running = False
+        self.piece: Piece | None = None
         self.error: Exception | None = None
-        self.found: dict[_BlockKey, bytes] = {}
-
-
-# container, row, key, start, stop within the payload -> the keys that a fetch brings, and the fetch
-_BlockPlan = Callable[[OpenContainer, int, _BlockKey, int, int], tuple[list[_BlockKey], Callable[[], Any]]]
-_PASS = 8 * BLOCK  # bytes fetched at a time by a pass over a large payload
 
 
 class Fetcher:
-    """Payloads of open containers. Trio thread only, no locks.
+    """Pieces of open containers. Trio thread only, no locks; `run` has to be running.
 
-    Invariant: a key is in `_flights` exactly while its leader fetches. There is no await between finding no key and
-    inserting it: keep it so. A cancelled or failed leader wakes its followers in `finally`.
+    Invariant: a key is in `_flights` exactly from the call that starts its fetch until the piece is in the cache, or
+    has failed. There is no await between finding no key and inserting it: keep it so. Fetches run in tasks of their
+    own: a reader that is cancelled leaves them to the others.
     """
 
-    def __init__(self, threads: StoreThreads, problems: Problems, cache_bytes: int) -> None:
-        self.cache = BlockCache(cache_bytes)
-        self._threads = threads
-        self._problems = problems
-        self._flights: dict[_BlockKey, _Flight] = {}
-        self._budget = ByteBudget(MAX_INFLIGHT)
+    def __init__(
+        self,
+        threads: StoreThreads,
+        problems: Problems,
+        cache_bytes: int,
+        *,
+        max_gap: int = DEFAULT_MAX_GAP,
+        disk: DiskCache | None = None,
+    ) -> None:
+        # What is being fetched counts as well: a quarter is for that.
+        self.cache = PieceCache(cache_bytes - cache_bytes // 4)
+        self._max_gap = max_gap
+        self.threads = threads
+        self.problems = problems
+        self.disk = disk
+        # Told of every piece of small payloads that has come.
+        self.on_piece: Callable[[OpenContainer, Piece], None] = lambda container, piece: None
+        self._ahead_limit = max(min(AHEAD, cache_bytes // 4 // PIECE), 1)
+        self._ahead_running = 0
+        self._waiting: deque[Flight] = deque()
+        self._flights: dict[_Key, Flight] = {}
+        self._nursery: trio.Nursery | None = None
 
-    async def read(self, container: OpenContainer, row: int, offset: int, size: int) -> bytes | memoryview:
-        """The bytes [offset, offset + size) of an entry, all of them up to the end of the file.
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Fetch, until cancelled."""
+        try:
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+
+    # --- small payloads ------------------------------------------------------------------------------------------
+
+    def has(self, container: OpenContainer, block: int) -> bool:
+        """Whether a block of small payloads is in memory."""
+        return (container.slot, SMALL, block) in self.cache
+
+    def held(self, container: OpenContainer, first: int, last: int) -> list[Piece]:
+        """The pieces in memory that have blocks of [first, last), each once."""
+        found: dict[int, Piece] = {}
+        for block in range(first, last):
+            piece = self.cache.get((container.slot, SMALL, block))
+            if piece is not None:
+                found[id(piece)] = piece
+        return list(found.values())
+
+    def fetch_ahead(self, container: OpenContainer, first: int, last: int) -> int:
+        """Begin to fetch what of the blocks [first, last) is neither here nor on its way; bytes asked for."""
+        asked = 0
+        for wanted, run in itertools.groupby(range(first, last), lambda block: self._is_missing(container, block)):
+            if wanted:
+                places = list(run)
+                for low, high in container.blocks.pieces(places[0], places[-1] + 1, limit=PIECE, max_gap=self._max_gap):
+                    self._start_blocks(container, low, high)
+                    start, stop = container.blocks.extent(low, high)
+                    asked += stop - start
+        return asked
+
+    async def payload(self, container: OpenContainer, row: int) -> memoryview:
+        """The verified bytes of a small payload.
 
         Raises: CorruptEntry; ObjectReplaced and NoSuchObject when the container is not there any more; StoreError.
         """
         index = container.loaded.index
-        index.check_readable(row)
-        stop = min(offset + size, int(index.data_length[row]))
-        if index.flags[row] & EXTERNAL:
-            return await self._read_blocks(self._fetch_external, container, row, offset, stop)
-        if offset >= stop:
-            return b""
-        if index.data_length[row] > LARGE_PAYLOAD:
-            if row not in container.verified:
-                key = (container.slot, row, _VERIFIED)
-                await self._block(key, partial(self._verify_large, container, row, key))
-            return await self._read_blocks(self._fetch_internal, container, row, offset, stop)
-        payload = await self._block((container.slot, row, _WHOLE), lambda: self._fetch_payloads(container, row))
-        return memoryview(payload)[offset:stop]
+        offset, length = int(index.data_offset[row]), int(index.data_length[row])
+        block = container.blocks.of(offset)
+        key = (container.slot, SMALL, block)
+        piece = await self.piece(key, lambda: self._start_blocks(container, block, block + 1))
+        if row in piece.bad:
+            return await self._once_more(container, row, offset, length)
+        return memoryview(piece.data)[offset - piece.start : offset - piece.start + length]
+
+    def _is_missing(self, container: OpenContainer, block: int) -> bool:
+        key = (container.slot, SMALL, block)
+        return key not in self._flights and key not in self.cache
+
+    def _start_blocks(self, container: OpenContainer, first: int, last: int) -> Flight:
+        keys = [(container.slot, SMALL, block) for block in range(first, last)]
+
+        async def bring() -> Piece:
+            piece = await self.threads.fetch(_bring_blocks, self.threads.store, self.disk, container, first, last)
+            self.on_piece(container, piece)
+            return piece
+
+        return self.start(keys, bring)
+
+    async def _once_more(self, container: OpenContainer, row: int, offset: int, length: int) -> memoryview:
+        """A payload that did not match its checksum: it may be the way's fault, not the store's."""
+        metrics.CHECKSUM_FAILURES.inc()
+        info = container.info
+        answer = await self.threads.fetch(
+            self.threads.store.get_range, info.key, offset, offset + length, if_match=info.etag
+        )
+        try:
+            await trio.to_thread.run_sync(container.loaded.meta.verify, container.loaded.index, row, bytes(answer.data))
+        except CorruptEntry as error:
+            self.problems.report(info.key, str(error))
+            raise
+        return memoryview(answer.data)
+
+    # --- META ----------------------------------------------------------------------------------------------------
 
     async def meta(self, container: OpenContainer, start: int, stop: int, window: int) -> bytes:
-        """[start, stop) of the META region, fetched in windows of that many bytes. Raises: as read."""
+        """[start, stop) of the META region, fetched in windows of that many bytes. Raises: as payload."""
         footer = container.loaded.index.footer
         first = footer.meta_start + (start - footer.meta_start) // window * window
-        pieces = []
+        found = []
         for begin in range(first, stop, window):
             end = min(begin + window, footer.meta_start + footer.meta_length)
-            key = (container.slot, _META, begin)
-            block = await self._block(key, partial(self._fetch_meta, container, key, end))
-            pieces.append(block[max(start - begin, 0) : stop - begin])
-        return b"".join(pieces)
+            piece = await self.piece((container.slot, _META, begin), partial(self._start_meta, container, begin, end))
+            found.append(bytes(piece.data[max(start - begin, 0) : stop - begin]))
+        return b"".join(found)
 
-    def _fetch_meta(
-        self, container: OpenContainer, key: _BlockKey, stop: int
-    ) -> tuple[list[_BlockKey], Callable[[], Any]]:
-        async def fetch() -> dict[_BlockKey, bytes]:
-            return {key: await self._range(container, key[2], stop)}
+    def _start_meta(self, container: OpenContainer, begin: int, end: int) -> Flight:
+        async def bring() -> Piece:
+            info = container.info
+            answer = await self.threads.fetch(self.threads.store.get_range, info.key, begin, end, if_match=info.etag)
+            return Piece(container.slot, _META, begin, begin + 1, begin, answer.data)
 
-        return [key], fetch
+        return self.start([(container.slot, _META, begin)], bring)
 
-    async def _block(self, key: _BlockKey, plan: Callable[[], tuple[list[_BlockKey], Callable[[], Any]]]) -> bytes:
-        """A block from the cache, from somebody's fetch under way, or from our own. `plan` gives the keys that our
-        fetch would bring and the coroutine function that fetches them."""
-        while True:
-            block = self.cache.get(key)
-            if block is not None:
-                return block
-            flight = self._flights.get(key)
-            if flight is None:
-                return await self._lead(key, *plan())
-            await flight.done.wait()
-            if key in flight.found:
-                return flight.found[key]
-            # Damage is that of the row which the leader wanted; a neighbour's reader looks for itself.
-            if flight.error is not None and (key == flight.wanted or not isinstance(flight.error, CorruptEntry)):
-                raise flight.error
+    # --- flights -------------------------------------------------------------------------------------------------
 
-    async def _lead(self, key: _BlockKey, keys: list[_BlockKey], fetch: Callable[[], Any]) -> bytes:
-        flight = _Flight(key)
-        for each in keys:
-            self._flights[each] = flight
+    async def piece(self, key: _Key, start: Callable[[], Flight]) -> Piece:
+        """The piece with a block: from the cache, from a fetch under way, or from the one that `start` begins.
+
+        Raises: what the fetch raises.
+        """
+        piece = self.cache.get(key)
+        if piece is not None:
+            return piece
+        flight = self._flights.get(key) or start()
+        flight.go.set()  # somebody waits: no queue any more
+        await self.threads.wait(flight.done)
+        if flight.error is not None:
+            raise flight.error
+        assert flight.piece is not None
+        return flight.piece
+
+    def is_under_way(self, key: _Key) -> bool:
+        """Whether a block is being fetched."""
+        return key in self._flights
+
+    def start(self, keys: list[_Key], bring: Callable[[], Awaitable[Piece]]) -> Flight:
+        """Begin a fetch of keys that are neither in the cache nor under way. It waits for its turn until somebody
+        waits for it."""
+        assert self._nursery is not None, "the fetcher is not running"
+        flight = Flight(keys, bring)
+        for key in keys:
+            self._flights[key] = flight
+        self._nursery.start_soon(self._fly, flight)
+        return flight
+
+    async def _fly(self, flight: Flight) -> None:
         try:
-            flight.found = await fetch()
-            for each, block in flight.found.items():
-                self.cache.put(each, block)
-            return flight.found[key]
-        except Exception as error:
+            await self._wait_turn(flight)
+            flight.piece = await flight.bring()
+            self.cache.put(flight.piece)
+        except Exception as error:  # those who wait raise it; nobody may wait, and nothing of the mount ends with it
+            if not isinstance(error, DesfsError | DesFormatError):
+                log.exception("unexpected error in a fetch")
             flight.error = error
-            raise
         finally:
-            for each in keys:
-                del self._flights[each]
+            for key in flight.keys:
+                del self._flights[key]
+            if flight.error is None and flight.piece is None:  # cancelled: the mount ends
+                flight.error = DeadlineExceeded("the mount is ending")
             flight.done.set()
+            if flight.running:
+                self._ahead_running -= 1
+                self._next_turn()
 
-    def _fetch_payloads(self, container: OpenContainer, row: int) -> tuple[list[_BlockKey], Callable[[], Any]]:
-        rows = [row]
-        for neighbour in neighbourhood(container.loaded.index, row)[1:]:
-            key = (container.slot, neighbour, _WHOLE)
-            if key in self._flights or key in self.cache:
-                break
-            rows.append(neighbour)
+    async def _wait_turn(self, flight: Flight) -> None:
+        """What nobody waits for yet keeps to a number of fetches at a time."""
+        if flight.go.is_set():
+            return
+        self._waiting.append(flight)
+        self._next_turn()
+        await flight.go.wait()
 
-        async def fetch() -> dict[_BlockKey, bytes]:
-            payloads = await self._payloads(container, rows)
-            return {(container.slot, each, _WHOLE): payload for each, payload in payloads.items()}
+    def _next_turn(self) -> None:
+        while self._waiting and self._ahead_running < self._ahead_limit:
+            flight = self._waiting.popleft()
+            if not flight.go.is_set():
+                self._ahead_running += 1
+                flight.running = True
+                flight.go.set()
 
-        return [(container.slot, each, _WHOLE) for each in rows], fetch
 
-    async def _payloads(self, container: OpenContainer, rows: list[int]) -> dict[int, bytes]:
-        """The verified payloads of adjacent rows. The first is wanted, and its damage an error; the others are a
-        gift."""
-        index = container.loaded.index
-        start = int(index.data_offset[rows[0]])
-        stop = int(index.data_offset[rows[-1]]) + int(index.data_length[rows[-1]])
-        data = await self._range(container, start, stop)
-        payloads: dict[int, bytes] = {}
-        for row in rows:
-            begin = int(index.data_offset[row]) - start
-            payload = data[begin : begin + int(index.data_length[row])] if len(rows) > 1 else data
+def _bring_blocks(store: Store, disk: DiskCache | None, container: OpenContainer, first: int, last: int) -> Piece:
+    """Fetch and verify blocks that are one run of bytes; blocking. Raises: NoSuchObject, ObjectReplaced; StoreError."""
+    blocks, info = container.blocks, container.info
+    start, stop = blocks.extent(first, last)
+    bounds = [(int(blocks.start[place]), int(blocks.stop[place])) for place in range(first, last)]
+    data: bytes | memoryview
+    if disk is None:
+        data = store.get_range(info.key, start, stop, if_match=info.etag).data
+        bad = _bad_rows(container, first, last, start, data)
+        return Piece(container.slot, SMALL, first, last, start, data, bad)
+    version = ObjectVersion(store.url, info.key, info.etag)
+    found = disk.get_many(version, bounds)
+    missing = [bound for bound, block in zip(bounds, found, strict=True) if block is None]
+    if len(missing) == len(bounds):
+        data = store.get_range(info.key, start, stop, if_match=info.etag).data
+    else:
+        whole = bytearray(stop - start)
+        for (low, _), block in zip(bounds, found, strict=True):
+            if block is not None:
+                whole[low - start : low - start + len(block)] = block
+        for low, high in plan_gets(missing, max_gap=0, max_request=PIECE):
+            whole[low - start : high - start] = store.get_range(info.key, low, high, if_match=info.etag).data
+        data = bytes(whole)
+    bad = _bad_rows(container, first, last, start, data)
+    if missing and not bad:
+        view = memoryview(data)
+        disk.put(version, [(low, high, view[low - start : high - start]) for low, high in missing])
+    return Piece(container.slot, SMALL, first, last, start, data, bad)
+
+
+def _bad_rows(container: OpenContainer, first: int, last: int, start: int, data: bytes | memoryview) -> frozenset[int]:
+    """The rows of the blocks whose payloads do not match the checksum in META."""
+    index, meta = container.loaded.index, container.loaded.meta
+    rows = container.blocks.rows(first, last)
+    view = memoryview(data)
+    bad = []
+    checksum = google_crc32c.value
+    for row, offset, length, known, wanted in zip(
+        rows.tolist(),
+        (index.data_offset[rows] - start).tolist(),
+        index.data_length[rows].tolist(),
+        meta.has_crc32c[rows].tolist(),
+        meta.crc32c[rows].tolist(),
+        strict=True,
+    ):
+        if known:
+            # The library takes no memoryview.
+            if checksum(bytes(view[offset : offset + length])) != wanted:
+                bad.append(row)
+        elif row in meta.sha256:
             try:
-                await self._verify(container, row, payload)
-            except CorruptEntry as error:
-                if row != rows[0]:
-                    continue  # its own read will fetch it, and say so
-                metrics.CHECKSUM_FAILURES.inc()
-                # Once more: it may be the way's fault, not the store's.
-                payload = await self._range(container, start, start + len(payload))
-                try:
-                    await self._verify(container, row, payload)
-                except CorruptEntry:
-                    self._problems.report(container.info.key, str(error))
-                    raise
-            payloads[row] = payload
-        return payloads
-
-    async def _verify(self, container: OpenContainer, row: int, payload: bytes) -> None:
-        meta, index = container.loaded.meta, container.loaded.index
-        if len(payload) > 1024 * 1024:  # a checksum of 1 MiB takes 0.1 ms or more: not on the loop
-            await trio.to_thread.run_sync(meta.verify, index, row, payload)
-        else:
-            meta.verify(index, row, payload)
-
-    async def _range(self, container: OpenContainer, start: int, stop: int) -> bytes:
-        gets = plan_gets([(start, stop)], max_request=MAX_REQUEST)
-        pieces: list[bytes] = [b""] * len(gets)
-
-        async def get(place: int, low: int, high: int) -> None:
-            answer = await self._threads.fetch(
-                self._threads.store.get_range, container.info.key, low, high, if_match=container.info.etag
-            )
-            pieces[place] = bytes(answer.data)
-
-        async with self._budget.taken(stop - start):
-            await _in_parallel(partial(get, place, *each) for place, each in enumerate(gets))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    async def _read_blocks(
-        self, plan: _BlockPlan, container: OpenContainer, row: int, offset: int, stop: int
-    ) -> bytes | memoryview:
-        size = int(container.loaded.index.data_length[row])
-        parts: list[bytes | memoryview] = []
-        at = offset
-        version: str | None = None
-        while True:
-            number = at // BLOCK
-            start = number * BLOCK
-            end = min(start + BLOCK, size)
-            key = (container.slot, row, number)
-            block = await self._block(key, partial(plan, container, row, key, start, end))
-            if parts and container.externals.get(row) != version:
-                raise ObjectReplaced(f"{container.info.key}: entry {row}: its external object was replaced")
-            version = container.externals.get(row)
-            parts.append(memoryview(block)[at - start : stop - start])
-            at = end
-            if at >= stop:
-                return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _verify_large(
-        self, container: OpenContainer, row: int, key: _BlockKey
-    ) -> tuple[list[_BlockKey], Callable[[], Any]]:
-        async def fetch() -> dict[_BlockKey, bytes]:
-            try:
-                blocks = await self._pass_over(container, row)
-            except CorruptEntry as error:
-                metrics.CHECKSUM_FAILURES.inc()
-                try:
-                    blocks = await self._pass_over(container, row)  # once more: it may be the way's fault
-                except CorruptEntry:
-                    self._problems.report(container.info.key, str(error))
-                    raise
-            container.verified[row] = blocks
-            return {key: b""}
-
-        return [key], fetch
-
-    async def _pass_over(self, container: OpenContainer, row: int) -> list[int]:
-        """Verify a large payload, a few blocks in memory at a time; those that the cache keeps are read from there. The
-        CRC-32C of each block, which has to hold when it is fetched again; none where META has no checksum."""
-        index = container.loaded.index
-        verifier = container.loaded.meta.verifier(index, row)
-        if verifier is None:
-            return []
-        checksums: list[int] = []
-        start = int(index.data_offset[row])
-        size = int(index.data_length[row])
-        for at in range(0, size, _PASS):
-            data = await self._range(container, start + at, start + min(at + _PASS, size))
-            await trio.to_thread.run_sync(verifier.update, data)
-            for low in range(0, len(data), BLOCK):
-                block = data[low : low + BLOCK]
-                checksums.append(await trio.to_thread.run_sync(google_crc32c.value, block))
-                self.cache.put((container.slot, row, (at + low) // BLOCK), block)
-        verifier.check()
-        return checksums
-
-    def _fetch_internal(
-        self, container: OpenContainer, row: int, key: _BlockKey, start: int, stop: int
-    ) -> tuple[list[_BlockKey], Callable[[], Any]]:
-        async def fetch() -> dict[_BlockKey, bytes]:
-            offset = int(container.loaded.index.data_offset[row])
-            checksums = container.verified[row]
-            for _ in range(2):  # once more on a mismatch: it may be the way's fault, not the store's
-                block = await self._range(container, offset + start, offset + stop)
-                if not checksums or await trio.to_thread.run_sync(google_crc32c.value, block) == checksums[key[2]]:
-                    return {key: block}
-                metrics.CHECKSUM_FAILURES.inc()
-            name = container.loaded.index.entry(row).name
-            problem = f"{container.info.key}: {name!r}: bytes {start} to {stop} are not what was verified before"
-            self._problems.report(container.info.key, problem)
-            raise CorruptEntry(problem)
-
-        return [key], fetch
-
-    def _fetch_external(
-        self, container: OpenContainer, row: int, key: _BlockKey, start: int, stop: int
-    ) -> tuple[list[_BlockKey], Callable[[], Any]]:
-        async def fetch() -> dict[_BlockKey, bytes]:
-            index = container.loaded.index
-            recorded = container.loaded.meta.external_key.get(row)
-            async with self._budget.taken(stop - start):
-                try:
-                    answer = await self._threads.fetch(
-                        read_external,
-                        self._threads.store,
-                        container.info.key,
-                        index.entry(row).name,
-                        recorded,
-                        start,
-                        stop,
-                        int(index.data_length[row]),
-                        if_match=container.externals.get(row),
-                    )
-                except CorruptEntry as error:
-                    self._problems.report(container.info.key, str(error))
-                    raise
-                except ObjectReplaced:
-                    self._forget_external(container, row)
-                    raise
-            # Two first reads at once name no version: the one that comes second must have seen the same.
-            if container.externals.setdefault(row, answer.etag) != answer.etag:
-                self._forget_external(container, row)
-                raise ObjectReplaced(
-                    f"{container.info.key}: {index.entry(row).name!r}: its external object was replaced"
-                )
-            return {key: bytes(answer.data)}
-
-        return [key], fetch
-
-    def _forget_external(self, container: OpenContainer, row: int) -> None:
-        """Whoever reads the file next sees the version that is there then."""
-        container.externals.pop(row, None)
-        for number in range(-(-int(container.loaded.index.data_length[row]) // BLOCK)):
-            self.cache.drop((container.slot, row, number))
+                meta.verify(index, row, bytes(view[offset : offset + length]))
+            except CorruptEntry:
+                bad.append(row)
+    return frozenset(bad)
 
 
-async def _in_parallel(calls: Iterable[Callable[[], Any]]) -> None:
+async def in_parallel(calls: Iterable[Callable[[], Any]]) -> None:
     """Run all; the first failure cancels the rest and is raised as itself, not in a group."""
     jobs = list(calls)
     if len(jobs) == 1:

@@ -16,7 +16,6 @@ import trio
 
 from des_format.errors import DesFormatError
 from des_format.meta import NO_MODE, NO_TIME
-from des_format.shards import CONTAINER_SUFFIX
 from desfs import metrics
 from desfs.control import CONTROL_NAME, ControlDirectory
 from desfs.errors import (
@@ -41,7 +40,9 @@ from desfs.inode import (
     split_file_inode,
 )
 from desfs.levers import LEVERS
+from desfs.prefetch import Prefetcher
 from desfs.problems import Problems
+from desfs.push import Pusher
 from desfs.settings import MountSettings
 from desfs.store.base import Store
 from desfs.tree import DayTree
@@ -86,6 +87,11 @@ class KernelCache(Protocol):
         """The attributes are out of date."""
         ...
 
+    def store_pages(self, slot: int, row: int, payload: memoryview) -> None:
+        """Keep the whole content of a file; called in a thread of its own, and may wait for a pending read. Raises:
+        OSError, ENOENT when the kernel does not know the inode."""
+        ...
+
 
 class FileSystem:
     """The name space of a store: days, directories, files, and `/.desfs`."""
@@ -95,10 +101,12 @@ class FileSystem:
         self.problems = Problems()
         self.threads = StoreThreads(store, settings.deadline)
         self.views = Views(self.threads, self.problems, strict=settings.strict, on_change=self._forget)
-        self.fetcher = Fetcher(self.threads, self.problems, settings.memory)
+        self.fetcher = Fetcher(self.threads, self.problems, settings.memory, max_gap=settings.max_gap)
+        self.prefetcher = Prefetcher(self.fetcher, settings.memory, settings.max_prefetch)
         self._xattrs = Xattrs(self.threads, self.fetcher)
         self._control = ControlDirectory(self.render_control)
         self._directories: dict[int, tuple[DayView, bytes]] = {}
+        self._listed: dict[int, int] = {}  # how far the kernel has the entries of a directory
         self._kernel: KernelCache | None = None
         self._started = time.time()
         self._file_mask = ~settings.umask & 0o7777
@@ -108,12 +116,22 @@ class FileSystem:
         """Reach the store once. Raises: StoreError: there is nothing to mount."""
         await self.views.start()
 
-    async def run(self, kernel: KernelCache) -> None:
-        """Refresh the days that may change, until cancelled."""
+    async def run(self, kernel: KernelCache, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Fetch what is read, and refresh the days that may change, until cancelled."""
         self._kernel = kernel
-        while True:
-            await trio.sleep(self.settings.refresh)
-            await self.refresh()
+        pusher = Pusher(kernel.store_pages)
+        pusher.start()
+        self.prefetcher.pusher = pusher
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.fetcher.run)
+                task_status.started()
+                while True:
+                    await trio.sleep(self.settings.refresh)
+                    await self.refresh()
+        finally:
+            self.prefetcher.pusher = None
+            pusher.stop()
 
     async def refresh(self) -> None:
         """List again what is due, and make the kernel forget what has changed. A failure keeps the old view."""
@@ -182,7 +200,11 @@ class FileSystem:
                 for place, (file_name, file) in enumerate(files[after:], after + 1)
             )
         day, path = self._directory(inode)
-        return self._entries(day, await day.load(), path, after)
+        tree = await day.load()
+        for slot, rows in tree.listed(path, self._listed.get(inode, 0), after):
+            self.prefetcher.listed(self.views.slots[slot], rows)
+        self._listed[inode] = after
+        return self._entries(day, tree, path, after)
 
     def parent(self, inode: int) -> InodeNumber:
         """The directory that a directory is in; the root is in itself. Raises: NotADirectory, StaleInode."""
@@ -201,7 +223,9 @@ class FileSystem:
         if is_directory_inode(inode) or inode == ROOT:
             raise IsADirectory(f"inode {inode:#x} is a directory")
         container, row = self._file(inode)
-        return await self._current(container, self.fetcher.read(container, row, offset, size))
+        day = self.views.day_of(container)
+        name, route = ("", ()) if day is None else (day.name, day.route)
+        return await self._current(container, self.prefetcher.read(name, route, container, row, offset, size))
 
     async def xattr(self, inode: int, name: bytes) -> bytes:
         """An extended attribute. Raises: NoSuchNamespace, NoSuchAttribute; StaleInode; StoreError."""
@@ -247,7 +271,8 @@ class FileSystem:
             "uptime_seconds": round(time.time() - self._started, 3),
             "open_containers": {"bytes": size, "files": files},
             "days": {day.name: {"files": day.file_count()} for day in self.views.known_days()},
-            "block_cache": {"blocks": len(self.fetcher.cache), "bytes": self.fetcher.cache.bytes},
+            "block_cache": {"pieces": len(self.fetcher.cache), "bytes": self.fetcher.cache.bytes},
+            "link": self.threads.meter.link()._asdict(),
             "levers": LEVERS.report(),
             "metrics": metrics.snapshot(),
         }
@@ -327,10 +352,9 @@ class FileSystem:
         try:
             return await call
         except (ObjectReplaced, NoSuchObject) as error:
-            folder = container.info.key.rpartition("/")[0]
-            for day in self.views.known_days():
-                if day.name in (folder, container.info.key.removesuffix(CONTAINER_SUFFIX)):
-                    await self._refreshed(day.refresh)
+            day = self.views.day_of(container)
+            if day is not None:
+                await self._refreshed(day.refresh)
             raise StaleInode(str(error)) from error
 
     async def _refreshed(self, refresh: Callable[[], Awaitable[T]]) -> T | None:

@@ -41,6 +41,25 @@ CHECKSUM_FAILURES = Counter(
 PROBLEMS = Counter("desfs_problems_total", "Defects found in the store: /.desfs/problems names them", registry=REGISTRY)
 CONTAINERS_OPENED = Counter("desfs_containers_opened_total", "Containers whose index was read", registry=REGISTRY)
 
+CACHE_HITS = Counter(
+    "desfs_cache_hits_total", "Reads that found their bytes in a cache, by level", ["level"], registry=REGISTRY
+)
+CACHE_MISSES = Counter(
+    "desfs_cache_misses_total", "Reads that did not find their bytes in a cache, by level", ["level"], registry=REGISTRY
+)
+PAGES_PUSHED = Counter(
+    "desfs_pages_pushed_total",
+    "Files put into the kernel's page cache, by result: stored, unknown (to the kernel), dropped (queue full), failed",
+    ["result"],
+    registry=REGISTRY,
+)
+PREFETCH_BOUGHT = Counter(
+    "desfs_prefetch_bought_total",
+    "Times that the rest of a container, or of a day, was fetched because its misses had cost as much",
+    ["of"],
+    registry=REGISTRY,
+)
+
 DISK_CACHE_REQUESTS = Counter(
     "desfs_disk_cache_requests_total",
     "Blocks and compiled indexes looked for in the disk cache, by outcome: hit or miss",

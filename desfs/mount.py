@@ -77,7 +77,7 @@ async def _serve(source: str, mountpoint: str, settings: MountSettings, ready: C
             async with trio.open_nursery() as nursery:
                 requests = trio.CancelScope()
                 nursery.start_soon(_answer_signals, requests)
-                nursery.start_soon(fs.run, KernelNotifier())
+                await nursery.start(fs.run, KernelNotifier())
                 nursery.start_soon(_announce, mountpoint, ours, ready)
                 with requests:
                     await pyfuse3.main(max_tasks=_MAX_TASKS)

@@ -18,7 +18,7 @@ from des_format.errors import DesFormatError
 from desfs import metrics
 from desfs.errors import DesfsError, ReadOnlyMount, errno_of
 from desfs.fs import Attributes, FileSystem
-from desfs.inode import InodeNumber
+from desfs.inode import InodeNumber, file_inode
 from desfs.settings import MountSettings
 
 log = structlog.get_logger(__name__)
@@ -203,6 +203,9 @@ class KernelNotifier:
 
     def forget_entry(self, parent: InodeNumber, name: bytes) -> None:
         pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), ignore_enoent=True)
+
+    def store_pages(self, slot: int, row: int, payload: memoryview) -> None:
+        pyfuse3.notify_store(pyfuse3.InodeT(file_inode(slot, row)), 0, payload)  # type: ignore[arg-type] # any buffer
 
     def forget_attributes(self, inode: InodeNumber) -> None:
         try:

@@ -60,6 +60,8 @@ OPTION_HELP = {
     "gid": "group shown (who mounts)",
     "umask": "permission bits taken away, octal (0)",
     "memory": "bytes of file contents kept, like 512M (256M)",
+    "max_gap": "bytes nobody wants that a GET may bring to save another (1M)",
+    "max_prefetch": "bytes fetched ahead of a reader (64M)",
     "refresh": "seconds between listings of the open days (10)",
     "strict": "a day with a damaged container answers EIO",
     "fsname": "source shown by findmnt (SOURCE)",

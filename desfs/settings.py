@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from des_format.layout import BIG_FILE_THRESHOLD
+from des_format.plan import DEFAULT_MAX_GAP
 from desfs.store.base import S3Options
 
 _NO_ID = 2**32 - 1  # -1 as the kernel's 32-bit ids have it: nobody's
@@ -76,6 +77,8 @@ class MountSettings(StoreSettings):
     gid: int = Field(default_factory=os.getgid, ge=0, lt=_NO_ID)
     umask: Octal = 0
     memory: Size = 256 * 1024 * 1024
+    max_gap: Size = DEFAULT_MAX_GAP
+    max_prefetch: Size = 64 * 1024 * 1024
     refresh: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     strict: bool = False
     fsname: str | None = None

@@ -190,6 +190,15 @@ class DayTree:
                     if shown is not None:
                         yield Position(base + place, member.index.name(row)[cut:], *shown)
 
+    def listed(self, path: bytes, after: int, upto: int) -> Iterator[tuple[int, Rows]]:
+        """The files of a directory at the positions (after, upto], as slots and rows: what `entries` has given between
+        the two. A file that is shown elsewhere, or not at all, may be among them."""
+        for member, folders, _, rows in self._segments(path):
+            base = member.ordinal << 32
+            low, high = (min(max(at - base - len(folders), 0), len(rows)) for at in (after, upto))
+            if low < high:
+                yield member.slot, rows[low:high]
+
     def _listed_at(self, member: Member, row: int) -> tuple[Member, int] | None:
         """What a listing shows in the place of a row: the row, a newer version of its name, or nothing."""
         if self._listed_for:

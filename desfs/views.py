@@ -36,6 +36,7 @@ from desfs.errors import DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, S
 from desfs.fetch import OpenContainer, StoreThreads, first_of
 from desfs.inode import Slots, preferred_slot
 from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
+from desfs.prefetch import Route, Stop
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo
 from desfs.tree import DayTree, Member
@@ -107,6 +108,7 @@ class DayView:
         self._open: dict[str, tuple[OpenContainer, Member]] = {}
         self._refused: dict[str, str] = {}  # key -> ETag
         self._opened: list[OpenContainer] = []  # since the last refresh began
+        self._route: Route | None = None
         self._complete: DayTree | None = None
         self._groups: dict[str, DayTree] = {}
         self._newest_ns = views.root_mtime_ns
@@ -124,6 +126,14 @@ class DayView:
 
     def _began_s(self) -> float:
         return datetime.fromisoformat(self.name).replace(tzinfo=UTC).timestamp()
+
+    @property
+    def route(self) -> Route:
+        """The open containers in the order of a listing; the same object until another one is opened or closed."""
+        if self._route is None:
+            stops = (Stop(container, member) for container, member in self._open.values())
+            self._route = tuple(sorted(stops, key=lambda stop: stop.member.ordinal))
+        return self._route
 
     def containers(self) -> list[tuple[str, int, str, int | None]]:
         """(key, bytes, state, files) of each container that the last listing had; files of those that are open."""
@@ -314,6 +324,7 @@ class DayView:
         for problem in loaded.problems:
             self._views.problems.report(info.key, problem)
         self._open[info.key] = (container, member)
+        self._route = None
         self._opened.append(container)
 
     def _forget_passing(self, old_open: dict[str, tuple[OpenContainer, Member]]) -> None:
@@ -359,6 +370,7 @@ class DayView:
         except BaseException:
             # The new listing cannot be shown yet: keep the old view whole, and try again at the next refresh.
             self._candidates, self._open, self._refused = before, old_open, old_refused
+            self._route = None
             raise
         finally:
             self._forget_passing(old_open)
@@ -380,6 +392,7 @@ class DayView:
             candidate = self._candidates.get(key)
             if candidate is None or candidate.info.etag != container.info.etag:
                 del self._open[key]
+                self._route = None
 
 
 def _changed_paths(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[bytes]:
@@ -519,6 +532,11 @@ class Views:
     def is_current(self, view: DayView) -> bool:
         """False for a view whose name has left the root."""
         return self._days.get(view.name) is view
+
+    def day_of(self, container: OpenContainer) -> DayView | None:
+        """The view that a container belongs to, or did; None when nobody has looked at it."""
+        key = container.info.key
+        return self._days.get(key.rpartition("/")[0] or key.removesuffix(CONTAINER_SUFFIX))
 
     def known_days(self) -> list[DayView]:
         """The days that somebody has looked at."""

@@ -1,0 +1,123 @@
+"""How far away a store is and how much it brings, measured from the requests that are made anyway."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from desfs.store.base import Answer, CopyRange, Listing, Store
+
+# Until something has been measured: a region's distance, and what one connection brings from there.
+_LATENCY_S = 0.02
+_BANDWIDTH = 100e6
+
+_SMALL = 256 * 1024  # bytes: an answer up to this size tells the latency
+_ENOUGH = 512 * 1024  # bytes: what came together tells the bandwidth from this size on
+_PERIOD_S = 0.1  # how long one measurement of the bandwidth lasts at most
+_KEPT = 16  # latencies: the least of the last ones is what the way takes when nothing is in it
+
+
+class Link(NamedTuple):
+    """What a request costs: `latency_s` for the first byte, and bytes a second of all requests together."""
+
+    latency_s: float
+    bandwidth: float
+
+    def time_s(self, size: int) -> float:
+        """How long it takes to bring so many bytes."""
+        return self.latency_s + size / self.bandwidth
+
+
+class LinkMeter:
+    """Measures GETs. Any thread. Only what came while at least one request ran counts as time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._latencies: deque[float] = deque(maxlen=_KEPT)
+        self._bandwidth: float | None = None
+        self._running = 0
+        self._began_s = 0.0
+        self._bytes = 0
+
+    def link(self) -> Link:
+        """What has been measured so far."""
+        with self._lock:
+            return Link(self._latency(), self._bandwidth or _BANDWIDTH)
+
+    def _latency(self) -> float:
+        return min(self._latencies, default=_LATENCY_S)
+
+    @contextmanager
+    def request(self) -> Iterator[list[int]]:
+        """Around a GET; its length has to be appended to the list. One that fails is not measured."""
+        answered: list[int] = []
+        started = time.monotonic()
+        with self._lock:
+            if not self._running:
+                self._began_s, self._bytes = started, 0
+            self._running += 1
+        try:
+            yield answered
+        finally:
+            ended = time.monotonic()
+            with self._lock:
+                self._running -= 1
+                if answered:
+                    self._take(started, ended, answered[0])
+
+    def _take(self, started: float, ended: float, size: int) -> None:
+        if size <= _SMALL:
+            self._latencies.append(ended - started)
+        elif not self._latencies:
+            self._latencies.append(max(ended - started - size / _BANDWIDTH, 0.0) or (ended - started) / 2)
+        self._bytes += size
+        lasted = ended - self._began_s
+        if self._bytes < _ENOUGH or (self._running and lasted < _PERIOD_S):
+            return
+        seen = self._bytes / max(lasted - self._latency(), lasted / 10, 1e-4)
+        self._bandwidth = seen if self._bandwidth is None else (self._bandwidth + seen) / 2
+        self._began_s, self._bytes = ended, 0
+
+
+class Measured:
+    """A store whose GETs are measured; else the store inside."""
+
+    def __init__(self, store: Store, meter: LinkMeter) -> None:
+        self._store = store
+        self._meter = meter
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
+        return self._store.list(prefix, delimiter=delimiter)
+
+    def get_range(self, key: str, start: int, stop: int, *, if_match: str | None = None) -> Answer:
+        with self._meter.request() as answered:
+            answer = self._store.get_range(key, start, stop, if_match=if_match)
+            answered.append(len(answer.data))
+        return answer
+
+    def get_tail(self, key: str, length: int) -> Answer:
+        with self._meter.request() as answered:
+            answer = self._store.get_tail(key, length)
+            answered.append(len(answer.data))
+        return answer
+
+    def put(self, key: str, source: bytes | Path, *, if_absent: bool = True) -> str:
+        return self._store.put(key, source, if_absent=if_absent)
+
+    def delete(self, key: str) -> None:
+        self._store.delete(key)
+
+    def copy_ranges(self, key: str, pieces: Sequence[bytes | CopyRange], *, if_absent: bool = True) -> str:
+        return self._store.copy_ranges(key, pieces, if_absent=if_absent)
+
+    def close(self) -> None:
+        self._store.close()
