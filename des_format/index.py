@@ -7,7 +7,7 @@ META length 4, flags 4, state 1: 49 bytes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
@@ -38,6 +38,20 @@ BAD_FLAGS = 8  # a flag that this reader does not implement
 BAD_DATA = 16  # the payload's range is not inside DATA
 BAD_META = 32  # the META range is not inside META, or longer than an entry's may be
 NOT_SHOWN = HIDDEN | DUPLICATE | TOMBSTONE
+
+# The columns as they can be kept elsewhere: their types, and their length.
+_COLUMNS = {
+    "names": (("|u1",), "any"),
+    "name_offset": (("<u4", "<u8"), "rows + 1"),
+    "state": (("|u1",), "rows"),
+    "data_offset": (("<u8",), "rows"),
+    "data_length": (("<u8",), "rows"),
+    "meta_offset": (("<u8",), "rows"),
+    "meta_length": (("<u4",), "rows"),
+    "flags": (("<u4",), "rows"),
+    "hash": (("<u8",), "found"),
+    "hash_row": (("<u4",), "found"),
+}
 
 Bytes1 = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
@@ -103,7 +117,7 @@ class Index:
         if order is not None:
             names, offsets = _permute_names(names, offsets, order)
             records, state, hashes = records[order], state[order], hashes[order]
-        self._names = names
+        self._names: bytes | memoryview = names
         self.name_offset = offsets
         self.state = state
         self.data_offset = records["data_offset"].copy()
@@ -117,6 +131,38 @@ class Index:
         by_hash = np.argsort(hashes, kind="stable")
         self._hash = hashes[by_hash]
         self._hash_row = findable[by_hash]
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]], footer: Footer, container: str) -> Index:
+        """The index that `columns` were taken from; they are not copied, and may be read-only.
+
+        Raises: ValueError when they cannot be those of an index. That they are right has to be known.
+        """
+        index = cls.__new__(cls)
+        index.container = container
+        index.footer = footer
+        rows, found = len(columns["state"]), len(columns["hash"])
+        for name, (types, length) in _COLUMNS.items():
+            column = columns[name]
+            wanted = {"rows": rows, "rows + 1": rows + 1, "found": found}.get(length)
+            if column.dtype.str not in types or (wanted is not None and len(column) != wanted):
+                raise ValueError(f"{container}: column {name}: {len(column)} of {column.dtype}")
+            if name not in ("names", "hash", "hash_row"):
+                setattr(index, name, column)
+        if int(index.name_offset[-1]) != len(columns["names"]):
+            raise ValueError(f"{container}: names of {len(columns['names'])} bytes, not {int(index.name_offset[-1])}")
+        index._names = columns["names"].data
+        index._hash = columns["hash"]
+        index._hash_row = columns["hash_row"]
+        return index
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """All that `from_columns` needs, besides footer and container. Views, not to be written to."""
+        columns: dict[str, npt.NDArray[Any]] = {
+            name: getattr(self, name) for name in _COLUMNS if name not in ("names", "hash", "hash_row")
+        }
+        names = np.frombuffer(self._names, np.uint8)
+        return columns | {"names": names, "hash": self._hash, "hash_row": self._hash_row}
 
     @property
     def rows(self) -> int:
@@ -146,7 +192,7 @@ class Index:
 
     def name(self, row: int) -> bytes:
         """The name of a row as it stands in the container."""
-        return self._names[self.name_offset[row] : self.name_offset[row + 1]]
+        return bytes(self._names[self.name_offset[row] : self.name_offset[row + 1]])
 
     def find(self, name: bytes) -> int | None:
         """The row that decides about `name`: its last one, a tombstone included; None when there is none."""

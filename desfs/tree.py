@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import InitVar, dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ _LISTINGS_KEPT = 64  # directories whose listing is kept between the kernel's RE
 class SortedFolders:
     """A set of folder paths that knows all the directories above them."""
 
-    def __init__(self, paths: set[bytes]) -> None:
+    def __init__(self, paths: Iterable[bytes]) -> None:
         # NUL sorts before every byte of a name and stands in none: a folder's subtree is one run behind it.
         self._keys = sorted(path.replace(b"/", b"\0") for path in paths)
 
@@ -71,7 +71,23 @@ class Folders:
         self._starts = np.zeros(len(group_of) + 1, np.int64)
         np.cumsum(np.bincount(grouped, minlength=len(group_of)), out=self._starts[1:])
 
-        self.sorted = SortedFolders(set(group_of))
+        self.sorted = SortedFolders(group_of)
+
+    @classmethod
+    def from_columns(cls, paths: Sequence[bytes], rows: Rows, starts: npt.NDArray[np.int64]) -> Folders:
+        """What `columns` gave; the arrays are not copied. Raises: ValueError when they do not fit together."""
+        if len(starts) != len(paths) + 1 or int(starts[-1]) != len(rows):
+            raise ValueError(f"{len(paths)} folders of {len(rows)} rows with {len(starts)} bounds")
+        folders = cls.__new__(cls)
+        folders._group_of = {path: group for group, path in enumerate(paths)}
+        folders._rows = rows
+        folders._starts = starts
+        folders.sorted = SortedFolders(folders._group_of)
+        return folders
+
+    def columns(self) -> tuple[list[bytes], Rows, npt.NDArray[np.int64]]:
+        """(paths, rows: u32[shown], starts: i64[paths + 1]): the rows of a folder are from its start to the next."""
+        return list(self._group_of), self._rows, self._starts
 
     def paths(self) -> Iterator[bytes]:
         """Every folder that a file stands in directly."""
@@ -86,7 +102,8 @@ class Folders:
 @dataclass(eq=False, slots=True)
 class Member:
     """One container of a day: its index, its slot, and what decides its rank. `ordinal` numbers the day's containers in
-    the order in which they were first seen, from 1: directory positions are made of it."""
+    the order in which they were first seen, from 1: directory positions are made of it. The folders are computed from
+    the index if they are not known."""
 
     ordinal: int
     slot: int
@@ -94,10 +111,11 @@ class Member:
     key: str
     name: ContainerKey
     mtime_ns: int
+    known_folders: InitVar[Folders | None] = None
     folders: Folders = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.folders = Folders(self.index)
+    def __post_init__(self, known_folders: Folders | None) -> None:
+        self.folders = Folders(self.index) if known_folders is None else known_folders
 
 
 class Position(NamedTuple):
