@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -11,30 +13,71 @@ from rich.table import Table
 
 from tests.bench import Figure
 from tests.bench.index import measure_index
-
-BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
-    "index": measure_index,
-}
+from tests.bench.mount import CAP_S, FILES, Options, measure_mount
+from tests.bench.store_client import measure_store_client
 
 
-def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in BENCHMARKS]
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word.strip() for word in text.split(",") if word.strip())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help="which benchmarks; all without one")
+    mount = parser.add_argument_group("the mount benchmark")
+    mount.add_argument("--quick", action="store_true", help="desfs, floor and local disk alone, and nothing large")
+    mount.add_argument("--runs", type=int, default=3, help="repetitions, of which the median counts [3]")
+    mount.add_argument("--cap", type=float, default=CAP_S, help="seconds after which a command is stopped [300]")
+    mount.add_argument("--files", type=int, default=FILES, help="files of the corpus [10000]")
+    mount.add_argument("--sessions", type=_words, default=frozenset(), help="only these, with commas between them")
+    mount.add_argument("--systems", type=_words, default=frozenset(), help="only these, with commas between them")
+    mount.add_argument("--output", type=Path, help="a directory for table.md, plot.svg and results.json")
+    mount.add_argument("--folder", type=Path, help="where to work: a directory on a disk [/var/tmp]")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    parsed = _parser().parse_args(arguments)
+    options = Options(
+        quick=parsed.quick,
+        runs=parsed.runs,
+        cap_s=parsed.cap,
+        files=parsed.files,
+        sessions=parsed.sessions,
+        systems=parsed.systems,
+        output=parsed.output,
+        folder=parsed.folder,
+    )
+    benchmarks: dict[str, Callable[[], list[Figure]]] = {
+        "index": measure_index,
+        "store_client": measure_store_client,
+        "mount": lambda: measure_mount(options),
+    }
+    unknown = [name for name in parsed.names if name not in benchmarks]
     if unknown:
-        print(f"no benchmark {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        print(f"no benchmark {', '.join(unknown)}; there are: {', '.join(benchmarks)}", file=sys.stderr)
         return 2
     table = Table("benchmark", "figure", box=box.SIMPLE)
     for heading in ("measured", "bar"):
         table.add_column(heading, justify="right")
     table.add_column("")
     missed = False
-    for name in names or BENCHMARKS:
-        for figure in BENCHMARKS[name]():
-            bar = "" if figure.bar is None else f"{'≥' if figure.at_least else '≤'} {figure.bar:,.0f}"
-            verdict = "" if figure.bar is None else "ok" if figure.holds else "MISSED"
-            table.add_row(name, figure.what, f"{figure.value:,.0f} {figure.unit}", bar, verdict)
-            missed |= not figure.holds
-    Console(width=110).print(table)
+    try:
+        for name in parsed.names or benchmarks:
+            for figure in benchmarks[name]():
+                bar = "" if figure.bar is None else f"{'≥' if figure.at_least else '≤'} {_number(figure.bar)}"
+                verdict = "" if figure.bar is None else "ok" if figure.holds else "MISSED"
+                table.add_row(name, figure.what, f"{_number(figure.value)} {figure.unit}", bar, verdict)
+                missed |= not figure.holds
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    Console(width=130).print(table)
     return int(missed)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
 
 if __name__ == "__main__":
