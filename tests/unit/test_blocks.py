@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,6 +168,18 @@ def test_a_changed_byte_a_missing_byte_and_another_block_are_found(number: int, 
     for wrong in (bytes(block), blocks[number][:-1], blocks[number] + b"\0", b"", blocks[(number + 1) % 4]):
         with pytest.raises(CorruptEntry, match=rf"^film: block {number} at byte {number * BLOCK}: found .*, want"):
             checksums.check(number, wrong, "film")
+
+
+def test_checksums_may_be_a_view() -> None:
+    """As an index that is mapped has them."""
+    checksums = BlockChecksums(BLOCK, np.frombuffer(b"x" + values_of(PAYLOAD), np.uint8)[1:].data)
+    assert checksums == BlockChecksums(BLOCK, values_of(PAYLOAD))
+    assert checksums.fits(len(PAYLOAD))
+    assert checksums.meta() == BlockChecksums(BLOCK, values_of(PAYLOAD)).meta()
+    for number, block in enumerate(blocks_of(PAYLOAD)):
+        checksums.check(number, block)
+        with pytest.raises(CorruptEntry):
+            checksums.check(number, block[1:])
 
 
 @pytest.mark.parametrize("number", [-1, 4, 2**70])
