@@ -84,7 +84,11 @@ class KernelCache(Protocol):
         ...
 
     def forget_attributes(self, inode: InodeNumber) -> None:
-        """The attributes are out of date."""
+        """The attributes are out of date. A directory's listing is kept if they turn out to be the same."""
+        ...
+
+    def forget_listing(self, inode: InodeNumber) -> None:
+        """The listing of a directory may be out of date, whatever its attributes are."""
         ...
 
     def store_pages(self, slot: int, row: int, payload: memoryview) -> None:
@@ -135,8 +139,11 @@ class FileSystem:
 
     async def refresh(self) -> None:
         """List again what is due, and make the kernel forget what has changed. A failure keeps the old view."""
-        if await self._refreshed(self.views.refresh_root) and self._kernel is not None:
+        changed = await self._refreshed(self.views.refresh_root)
+        if self._kernel is not None and changed:
             self._kernel.forget_attributes(ROOT)
+        elif self._kernel is not None and self.views.may_show_more():
+            self._kernel.forget_listing(ROOT)  # only who lists the root looks into its folders
         now = trio.current_time()
         for day in self.views.known_days():
             # Half an interval of grace: a day listed just after the last round is not left for one more.
@@ -370,7 +377,8 @@ class FileSystem:
     def _forget(self, changes: Changes) -> None:
         if self._kernel is None:
             return
-        self._kernel.forget_attributes(self._directory_inode(changes.day, b""))
+        for folder in (b"", *changes.folders):
+            self._kernel.forget_attributes(self._directory_inode(changes.day, folder))
         for path in changes.paths:
             folder, _, name = path.rpartition(b"/")
             self._kernel.forget_entry(self._directory_inode(changes.day, folder), name)

@@ -208,9 +208,15 @@ class KernelNotifier:
         pyfuse3.notify_store(pyfuse3.InodeT(file_inode(slot, row)), 0, payload)  # type: ignore[arg-type] # any buffer
 
     def forget_attributes(self, inode: InodeNumber) -> None:
+        self._forget(inode, attr_only=True)
+
+    def forget_listing(self, inode: InodeNumber) -> None:
+        self._forget(inode, attr_only=False)
+
+    def _forget(self, inode: InodeNumber, *, attr_only: bool) -> None:
         try:
             # There is no writeback here, without which this does not block (pyfuse3's documentation).
-            pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=attr_only)
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel does not know the inode: nothing to forget
                 log.warning("the kernel did not take a notification", error=str(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from functools import partial
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 import structlog
 import trio
 
@@ -31,6 +31,7 @@ from des_format.shards import (
     parse_container_name,
 )
 from desfs import metrics
+from desfs.changes import changed_folders, changed_paths
 from desfs.container import load_container
 from desfs.errors import DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
 from desfs.fetch import OpenContainer, StoreThreads, first_of
@@ -67,10 +68,12 @@ class Candidate:
 
 
 class Changes(NamedTuple):
-    """What the kernel has to forget when a day has changed: its attributes, and these names below it."""
+    """What the kernel has to forget when a day has changed: these names below it, and what it knows of the day and of
+    these directories, in which something came or went."""
 
     day: bytes
     paths: list[bytes]
+    folders: list[bytes]
 
 
 class _Turns:
@@ -120,9 +123,11 @@ class DayView:
 
     @property
     def mtime_ns(self) -> int:
-        """When the day's directories changed last. A closed day's is its end, which needs no listing and never changes;
-        an open one's is the LastModified of its newest container."""
-        return self._newest_ns if self.is_open else int((self._began_s() + 86400) * 1_000_000_000)
+        """When the day's directories changed last. A closed day's is its end, which needs no listing; an open one's is
+        the LastModified of its newest container. A nanosecond more for each change that was seen: as long as it is the
+        same, the kernel goes on with the listing that it has (Linux, fs/fuse/readdir.c)."""
+        shown_ns = self._newest_ns if self.is_open else int((self._began_s() + 86400) * 1_000_000_000)
+        return shown_ns + self._views.changes[self.name]
 
     def _began_s(self) -> float:
         return datetime.fromisoformat(self.name).replace(tzinfo=UTC).timestamp()
@@ -179,8 +184,8 @@ class DayView:
                     groups, self._groups, self._complete = list(self._groups.values()), {}, complete
                     self._report_collisions(complete)
                     if groups:  # what one index alone has answered may look otherwise among all
-                        paths = await trio.to_thread.run_sync(_changed_paths, groups, [complete])
-                        self._views.on_change(Changes(self.name.encode(), paths))
+                        paths = await trio.to_thread.run_sync(changed_paths, groups, [complete])
+                        self._views.on_change(Changes(self.name.encode(), paths, []))
         self._check_strict()
         return self._complete
 
@@ -218,6 +223,7 @@ class DayView:
             async with self._lock.turn():
                 if self._listed_at is None:
                     self._take(await self._list())
+                    self._newest_ns = self._newest()
 
     async def _list(self) -> list[tuple[ObjectInfo, ContainerKey]]:
         store = self._views.threads.store
@@ -258,8 +264,10 @@ class DayView:
             key: etag for key, etag in self._refused.items() if key in candidates and candidates[key].info.etag == etag
         }
         self._candidates = candidates
-        self._newest_ns = max((candidate.info.mtime_ns for candidate in candidates.values()), default=self._newest_ns)
         self._listed_at = trio.current_time()
+
+    def _newest(self) -> int:
+        return max((candidate.info.mtime_ns for candidate in self._candidates.values()), default=self._newest_ns)
 
     async def _load_group(self, group: str) -> DayTree:
         async with self._lock.turn():
@@ -374,6 +382,9 @@ class DayView:
             raise
         finally:
             self._forget_passing(old_open)
+        # The kernel asks for the time before it asks for the listing: never the new time with the old listing.
+        self._newest_ns = self._newest()
+        self._views.changes[self.name] += 1
         if groups is None:
             self._complete = trees[None]
             self._report_collisions(trees[None])
@@ -383,8 +394,9 @@ class DayView:
         self._views.retire(container for container, _ in old_open.values() if container.slot not in kept)
         for key in before.keys() - self._candidates.keys():
             self._views.problems.clear(key)
-        paths = await trio.to_thread.run_sync(_changed_paths, old_trees, list(trees.values()))
-        self._views.on_change(Changes(self.name.encode(), paths))
+        paths = await trio.to_thread.run_sync(changed_paths, old_trees, list(trees.values()))
+        folders = await trio.to_thread.run_sync(changed_folders, old_trees, list(trees.values()))
+        self._views.on_change(Changes(self.name.encode(), paths, folders))
 
     def _retire_gone(self) -> None:
         """Close what the current listing does not have in this version."""
@@ -393,43 +405,6 @@ class DayView:
             if candidate is None or candidate.info.etag != container.info.etag:
                 del self._open[key]
                 self._route = None
-
-
-def _changed_paths(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[bytes]:
-    """The paths that showed a row of an old tree and show something else, or nothing, in the new ones; directories that
-    are gone included."""
-    new_members = {id(member) for tree in new_trees for member in tree.members}
-    old_members = {id(member) for tree in old_trees for member in tree.members}
-    known = np.concatenate([np.empty(0, np.uint64), *(m.index.hashes[0] for tree in old_trees for m in tree.members)])
-    suspects: set[bytes] = set()
-    for tree in old_trees:
-        for member in tree.members:
-            if id(member) not in new_members:
-                suspects.update(
-                    member.index.name(row) for row in member.index.shown().tolist() if tree.is_shown(member, row)
-                )
-    for tree in new_trees:
-        for member in tree.members:
-            if id(member) not in old_members:
-                hashes, rows = member.index.hashes
-                likely = (member.index.name(row) for row in rows[np.isin(hashes, known)].tolist())
-                suspects.update(name for name in likely if _shows(old_trees, name) is not None)
-        suspects.update(member.index.name(row) for member, row in tree.collisions)
-    changed = {path for path in suspects if _shows(old_trees, path) != _shows(new_trees, path)}
-    for path in list(changed):
-        folder = path.rpartition(b"/")[0]
-        while folder and not any(tree.is_directory(folder) for tree in new_trees):
-            changed.add(folder)
-            folder = folder.rpartition(b"/")[0]
-    return sorted(changed)
-
-
-def _shows(trees: list[DayTree], path: bytes) -> tuple[int, int] | None:
-    for tree in trees:
-        found = tree.find_file(path)
-        if found is not None:
-            return id(found[0]), found[1]
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,7 +438,8 @@ class Views:
         self.layout = Layout()
         self.names: dict[str, RootEntry] = {}
         self.slots: Slots[OpenContainer] = Slots()
-        self.root_mtime_ns = 0
+        self.root_mtime_ns = 0  # of no two root listings the same
+        self.changes: Counter[str] = Counter()  # of each day, this mount's; a day that went and came again has changed
         self._days: dict[str, DayView] = {}
         self._holders: set[str] = set()  # folders of the root that are no days and hold containers
         self._empty: dict[str, float] = {}  # others, and when they were looked at
@@ -501,8 +477,9 @@ class Views:
             self._root_listed_at = trio.current_time()
             changed = names.keys() != self.names.keys()
             if changed:
-                self.root_mtime_ns = int(self.now() * 1e9)
+                self._touch_root()
             for name in self._days.keys() - names.keys():
+                self.changes[name] += 1
                 self.retire(self._days.pop(name).close())
             self.names = dict(sorted(names.items(), key=lambda item: item[1].ordinal))
             return changed
@@ -549,6 +526,13 @@ class Views:
         while self._retired and now - self._retired[0][0] > _RETIRED_S:
             self.slots.remove(self._retired.pop(0)[1].slot)
 
+    def may_show_more(self) -> bool:
+        """True when a folder of the root is left out because it held no container when it was looked at."""
+        return any(name not in self._holders and not self._is_shown_cheaply(name) for name in self.names)
+
+    def _touch_root(self) -> None:
+        self.root_mtime_ns = max(int(self.now() * 1e9), self.root_mtime_ns + 1)
+
     def _is_shown_cheaply(self, name: str) -> bool:
         return is_day(name) or self.names[name].has_object
 
@@ -557,6 +541,7 @@ class Views:
             listing = await self.threads.run(self.threads.store.list, f"{name}/", delimiter=True)
             if any(parse_container_name(info.key.rpartition("/")[2]) is not None for info in listing.objects):
                 self._holders.add(name)
+                self._touch_root()
             else:
                 self._empty[name] = trio.current_time()
         return name in self._holders

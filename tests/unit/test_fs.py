@@ -48,6 +48,9 @@ class Kernel:
     def forget_attributes(self, inode: InodeNumber) -> None:
         self.told.append((inode, None))
 
+    def forget_listing(self, inode: InodeNumber) -> None:
+        self.told.append((inode, b""))
+
 
 class World:
     def __init__(self, root: Path, **options: object) -> None:

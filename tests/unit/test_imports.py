@@ -24,6 +24,7 @@ PURE = frozenset(
         "des_format/blocks.py",
         "des_format/index.py",
         "des_format/plan.py",
+        "desfs/changes.py",
         "desfs/tree.py",
         "desfs/inode.py",
         "desfs/window.py",

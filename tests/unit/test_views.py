@@ -530,7 +530,7 @@ def test_what_all_indexes_together_show_otherwise_than_one_of_them_is_told(world
         assert world.changes == []
         await world.names()
         assert await world.find("a") == f"{DAY}/zz.des"
-        assert world.changes == [Changes(DAY.encode(), [b"a"])]
+        assert world.changes == [Changes(DAY.encode(), [b"a"], [])]
 
     run(main)
 
@@ -604,16 +604,18 @@ def test_a_refresh_shows_what_came_and_what_went_and_tells_exactly_that(world: W
         assert world.changes == []
         world.put(f"{DAY}/1-000001.des", "changes", "new", "dir/new")
         await view.refresh()
-        assert world.changes == [Changes(DAY.encode(), [b"changes"])]
+        assert world.changes == [Changes(DAY.encode(), [b"changes"], [b"dir"])]
         world.changes.clear()
         world.remove(f"{DAY}/1.des")
         world.put(f"{DAY}/2.des", "becomes-a-directory/x")
         await view.refresh()
-        assert world.changes == [Changes(DAY.encode(), [b"becomes-a-directory", b"goes"])]
+        folders = [b"becomes-a-directory"]
+        assert world.changes == [Changes(DAY.encode(), [b"becomes-a-directory", b"goes"], folders)]
         world.changes.clear()
         world.remove(f"{DAY}/0.des")
         await view.refresh()
-        assert world.changes == [Changes(DAY.encode(), [b"dir/stays", b"old", b"old/only", b"stays"])]
+        folders = [b"dir", b"old"]
+        assert world.changes == [Changes(DAY.encode(), [b"dir/stays", b"old", b"old/only", b"stays"], folders)]
         assert await world.names() == [b"becomes-a-directory/x", b"changes", b"dir/new", b"new"]
 
     run(main)
@@ -771,6 +773,79 @@ def test_closed_days_are_listed_again_much_more_rarely(world: World) -> None:
         assert new.mtime_ns == (world.root / "2999-01-01/0.des").stat().st_mtime_ns
 
     run(main)
+
+
+@pytest.mark.parametrize("name", ["2020-02-29", "2999-01-01"])
+def test_no_two_contents_of_a_day_have_the_same_time(world: World, name: str) -> None:
+    """The kernel keeps a listing as long as the directory's mtime is the same: it changes with every change, also of a
+    closed day, whatever the times of the containers; and not before the new content is there."""
+    world.put(f"{name}/0.des", "a")
+    os.utime(world.root / name / "0.des", ns=(10**18, 10**18))
+    seen: list[tuple[int, list[bytes]]] = []
+
+    async def look() -> None:
+        view = await world.day(name)
+        await view.ensure_listed()
+        seen.append((view.mtime_ns, await world.names(name)))
+
+    async def main() -> None:
+        await world.start()
+        await look()
+        view = await world.day(name)
+        during: list[int] = []
+        world.store.before = lambda *_: during.append(view.mtime_ns)
+        for number in (1, 2):  # no newer than what is there
+            world.put(f"{name}/{number}.des", f"b{number}")
+            os.utime(world.root / name / f"{number}.des", ns=(10**17, 10**17))
+            during.clear()
+            await view.refresh()
+            assert set(during) == {seen[-1][0]}
+            await look()
+        world.remove(f"{name}/0.des")
+        await view.refresh()
+        await look()
+        shutil.rmtree(world.root / name)
+        await world.views.refresh_root()
+        world.put(f"{name}/2.des", "again")
+        os.utime(world.root / name / "2.des", ns=(10**18, 10**18))
+        await world.views.refresh_root()
+        await look()
+        await (await world.day(name)).refresh()  # nothing new
+        await look()
+        assert len({time_ns for time_ns, _ in seen}) == len({tuple(names) for _, names in seen}) == 5
+        assert seen[-1] == seen[-2]
+
+    run(main)
+
+
+def test_no_two_listings_of_the_root_have_the_same_time(world: World) -> None:
+    """The same for the root, and a folder that is found to hold containers; until then it may show more at any time."""
+    world.put(f"{DAY}/0.des", "a")
+    times: list[int] = []
+    clock = trio.testing.MockClock(autojump_threshold=0.01)
+
+    async def look() -> list[str]:
+        await world.views.refresh_root()
+        names = await world.views.root_names()
+        times.append(world.views.root_mtime_ns)
+        return names
+
+    async def main() -> None:
+        await world.start()
+        assert await look() == [DAY]
+        assert not world.views.may_show_more()
+        (world.root / "folder").mkdir()
+        (world.root / "folder/readme.txt").write_bytes(b"x")
+        assert await look() == [DAY]
+        assert world.views.may_show_more()
+        world.put("folder/0.des", "b")
+        await trio.sleep(61)
+        assert await look() == [DAY, "folder"]
+        assert not world.views.may_show_more()
+        assert await look() == [DAY, "folder"]
+        assert len(set(times)) == 3
+
+    run(main, clock)
 
 
 def test_readers_of_many_containers_share_the_work(world: World) -> None:

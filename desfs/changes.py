@@ -1,0 +1,56 @@
+"""What differs between a day as it was shown and as it is shown now. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from desfs.tree import DayTree
+
+
+def changed_paths(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[bytes]:
+    """The paths that showed a row of an old tree and show something else, or nothing, in the new ones; directories that
+    are gone included."""
+    new_members = {id(member) for tree in new_trees for member in tree.members}
+    old_members = {id(member) for tree in old_trees for member in tree.members}
+    known = np.concatenate([np.empty(0, np.uint64), *(m.index.hashes[0] for tree in old_trees for m in tree.members)])
+    suspects: set[bytes] = set()
+    for tree in old_trees:
+        for member in tree.members:
+            if id(member) not in new_members:
+                suspects.update(
+                    member.index.name(row) for row in member.index.shown().tolist() if tree.is_shown(member, row)
+                )
+    for tree in new_trees:
+        for member in tree.members:
+            if id(member) not in old_members:
+                hashes, rows = member.index.hashes
+                likely = (member.index.name(row) for row in rows[np.isin(hashes, known)].tolist())
+                suspects.update(name for name in likely if _shows(old_trees, name) is not None)
+        suspects.update(member.index.name(row) for member, row in tree.collisions)
+    changed = {path for path in suspects if _shows(old_trees, path) != _shows(new_trees, path)}
+    for path in list(changed):
+        folder = path.rpartition(b"/")[0]
+        while folder and not any(tree.is_directory(folder) for tree in new_trees):
+            changed.add(folder)
+            folder = folder.rpartition(b"/")[0]
+    return sorted(changed)
+
+
+def changed_folders(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[bytes]:
+    """The directories in which something may have come or gone, the day itself left out."""
+    old_members, new_members = ({id(m): m for tree in trees for m in tree.members} for trees in (old_trees, new_trees))
+    found: set[bytes] = set()
+    for place in old_members.keys() ^ new_members.keys():
+        for folder in (old_members.get(place) or new_members[place]).folders.paths():
+            while folder and folder not in found:
+                found.add(folder)
+                folder = folder.rpartition(b"/")[0]
+    return sorted(found)
+
+
+def _shows(trees: list[DayTree], path: bytes) -> tuple[int, int] | None:
+    for tree in trees:
+        found = tree.find_file(path)
+        if found is not None:
+            return id(found[0]), found[1]
+    return None
