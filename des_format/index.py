@@ -194,6 +194,12 @@ class Index:
         """The name of a row as it stands in the container."""
         return bytes(self._names[self.name_offset[row] : self.name_offset[row + 1]])
 
+    def names_of(self, rows: npt.NDArray[Any]) -> list[bytes]:
+        """The names of some rows, in their order."""
+        starts, stops = self.name_offset[rows].tolist(), self.name_offset[rows + 1].tolist()
+        names = self._names
+        return [bytes(names[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+
     def find(self, name: bytes) -> int | None:
         """The row that decides about `name`: its last one, a tombstone included; None when there is none."""
         wanted = np.uint64(xxhash.xxh3_64_intdigest(name))

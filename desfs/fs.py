@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import structlog
 import trio
 
@@ -45,7 +46,7 @@ from desfs.problems import Problems
 from desfs.push import Pusher
 from desfs.settings import MountSettings
 from desfs.store.base import Store
-from desfs.tree import DayTree
+from desfs.tree import DayTree, Page
 from desfs.views import Changes, DayView, File, Views
 from desfs.xattrs import Xattrs
 
@@ -55,6 +56,7 @@ T = TypeVar("T")
 
 _FOREVER_S = 86400.0  # containers are immutable: the kernel may keep what it knows of their files
 _DEFAULT_FILE_MODE = 0o644
+_MAX_SIZE = 2**63 - 1  # what stat can show; a damaged entry may claim more
 _DIRECTORY_MODE = 0o755
 
 
@@ -68,12 +70,24 @@ class Attributes(NamedTuple):
     timeout_s: float
 
 
-class DirectoryEntry(NamedTuple):
-    """One name of a directory; `cookie` is where to go on behind it."""
+class EntryPage(NamedTuple):
+    """Names of a directory, one behind another, as columns of the same length; behind `cookies[i]` the listing goes on.
+    `modes`, `sizes` and `mtimes_ns` are what stat shows, `timeout_s` holds for all."""
 
-    name: bytes
-    attributes: Attributes
-    cookie: int
+    names: list[bytes]
+    cookies: list[int]
+    inodes: list[int]
+    modes: list[int]
+    sizes: list[int]
+    mtimes_ns: list[int]
+    timeout_s: float
+
+    @classmethod
+    def of(cls, entries: Sequence[tuple[int, bytes, Attributes]]) -> EntryPage:
+        """A page of (cookie, name, attributes), at least one, which share their time-out."""
+        cookies, names, attributes = zip(*entries, strict=True)
+        inodes, modes, sizes, mtimes_ns, timeouts_s = zip(*attributes, strict=True)
+        return cls(list(names), list(cookies), list(inodes), list(modes), list(sizes), list(mtimes_ns), min(timeouts_s))
 
 
 class KernelCache(Protocol):
@@ -177,9 +191,9 @@ class FileSystem:
             return self._directory_attributes(day, path) if path else self._day_attributes(day)
         return self._file_attributes(*self._file(inode))
 
-    async def entries(self, inode: int, after: int) -> Iterator[DirectoryEntry]:
-        """The entries of a directory behind the cookie `after` (0: all), without `.` and `..`. What has to be fetched
-        for them has been fetched when this returns.
+    async def entries(self, inode: int, after: int) -> Iterator[EntryPage]:
+        """The entries of a directory behind the cookie `after` (0: all), without `.` and `..`, a page at a time. What
+        has to be fetched for them has been fetched when this returns.
 
         Raises: NotADirectory, StaleInode; DamagedDay; StoreError.
         """
@@ -199,13 +213,10 @@ class FileSystem:
                     except StoreError as error:
                         log.warning("a day is shown without having been listed", day=name, error=str(error))
                 days.append((entry.ordinal, day))
-            return (DirectoryEntry(day.name.encode(), self._day_attributes(day), place) for place, day in days)
+            return self._pages([(place, day.name.encode(), self._day_attributes(day)) for place, day in days])
         if inode == CONTROL_DIRECTORY:
-            files = self._control.files()
-            return (
-                DirectoryEntry(file_name, self._control_attributes(file), place)
-                for place, (file_name, file) in enumerate(files[after:], after + 1)
-            )
+            files = enumerate(self._control.files()[after:], after + 1)
+            return self._pages([(place, name, self._control_attributes(file)) for place, (name, file) in files])
         day, path = self._directory(inode)
         tree = await day.load()
         for slot, rows in tree.listed(path, self._listed.get(inode, 0), after):
@@ -284,14 +295,40 @@ class FileSystem:
             "metrics": metrics.snapshot(),
         }
 
-    def _entries(self, day: DayView, tree: DayTree, path: bytes, after: int) -> Iterator[DirectoryEntry]:
+    @staticmethod
+    def _pages(entries: Sequence[tuple[int, bytes, Attributes]]) -> Iterator[EntryPage]:
+        """Those that are there anyway, as one page."""
+        if entries:
+            yield EntryPage.of(entries)
+
+    def _entries(self, day: DayView, tree: DayTree, path: bytes, after: int) -> Iterator[EntryPage]:
         prefix = path + b"/" if path else b""
-        for cookie, name, member, row in tree.entries(path, after):
-            if member is None:
-                attributes = self._directory_attributes(day, prefix + name)
+        for page in tree.pages(path, after):
+            if page.shares:
+                yield self._file_page(page)
             else:
-                attributes = self._file_attributes(self.views.slots[member.slot], row)
-            yield DirectoryEntry(name, attributes, cookie)
+                directories = zip(page.cookies, page.names, strict=True)
+                yield EntryPage.of(
+                    [(cookie, name, self._directory_attributes(day, prefix + name)) for cookie, name in directories]
+                )
+
+    def _file_page(self, page: Page) -> EntryPage:
+        """The attributes of files as `_file_attributes` has them, computed for all together."""
+        count = len(page.names)
+        inodes, modes, sizes, mtimes_ns = (np.empty(count, np.int64) for _ in range(4))
+        for member, rows, places in page.shares:
+            loaded = self.views.slots[member.slot].loaded
+            inodes[places] = rows.astype(np.int64) + file_inode(member.slot, 0)
+            mode = loaded.meta.mode[rows]
+            modes[places] = np.where(mode == NO_MODE, _DEFAULT_FILE_MODE, mode)
+            sizes[places] = np.minimum(loaded.index.data_length[rows], _MAX_SIZE)
+            mtime_ns = loaded.meta.mtime_ns[rows]
+            mtimes_ns[places] = np.where(mtime_ns == NO_TIME, loaded.info.mtime_ns, mtime_ns)
+        modes &= self._file_mask
+        modes |= stat.S_IFREG
+        return EntryPage(
+            page.names, page.cookies, inodes.tolist(), modes.tolist(), sizes.tolist(), mtimes_ns.tolist(), _FOREVER_S
+        )
 
     async def _day(self, name: bytes) -> DayView:
         try:
@@ -341,7 +378,7 @@ class FileSystem:
         return Attributes(
             file_inode(container.slot, row),
             stat.S_IFREG | (_DEFAULT_FILE_MODE if mode == NO_MODE else mode) & self._file_mask,
-            int(loaded.index.data_length[row]),
+            min(int(loaded.index.data_length[row]), _MAX_SIZE),
             loaded.info.mtime_ns if mtime_ns == NO_TIME else mtime_ns,
             _FOREVER_S,
         )

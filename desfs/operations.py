@@ -18,7 +18,7 @@ from des_format.errors import DesFormatError
 from desfs import metrics
 from desfs.errors import DesfsError, ReadOnlyMount, errno_of
 from desfs.fs import Attributes, FileSystem
-from desfs.inode import InodeNumber, file_inode
+from desfs.inode import ROOT, InodeNumber, file_inode
 from desfs.settings import MountSettings
 
 log = structlog.get_logger(__name__)
@@ -111,9 +111,18 @@ class Operations(pyfuse3.Operations):
             for cookie, (name, inode) in enumerate(dots[start_id:], start_id + 1):
                 if not pyfuse3.readdir_reply(token, name, self._entry(await self._fs.getattr(inode)), cookie):
                     return
-        for found in await self._fs.entries(fh, max(start_id - _DOTS, 0)):
-            if not pyfuse3.readdir_reply(token, found.name, self._entry(found.attributes), found.cookie + _DOTS):
-                return
+        add = pyfuse3.readdir_reply
+        for page in await self._fs.entries(fh, max(start_id - _DOTS, 0)):
+            # One for all: pyfuse3 copies it into the answer (readdir_reply, fuse_add_direntry_plus).
+            entry = self._entry(Attributes(ROOT, 0, 0, 0, page.timeout_s))
+            for name, cookie, inode, mode, size, mtime_ns in zip(*page[:6], strict=True):
+                entry.st_ino = inode
+                entry.st_mode = mode
+                entry.st_size = size
+                entry.st_blocks = -(-size // _BLOCK)
+                entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
+                if not add(token, name, entry, cookie + _DOTS):
+                    return
 
     @reply("release")
     async def release(self, fh: pyfuse3.FileHandleT) -> None:

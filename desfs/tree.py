@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,10 @@ from des_format.shards import ContainerKey
 
 Rows = npt.NDArray[np.uint32]
 
-_ROWS_AT_A_TIME = 512
+_ROWS_AT_A_TIME = 4096  # that a loop over names has in memory
+# The kernel takes some 180 entries at a time (32 KiB of READDIRPLUS), and asks anew behind them: more in one page would
+# be computed twice, fewer would not be worth the dozen array operations of a page.
+_PAGE = 128
 _LISTINGS_KEPT = 64  # directories whose listing is kept between the kernel's READDIRs
 
 
@@ -60,23 +63,29 @@ class Folders:
     def __init__(self, index: Index) -> None:
         shown = index.shown()
         group_of: dict[bytes, int] = {}
-        groups = array("q")
-        for row in shown.tolist():
-            name = index.name(row)
-            folder = name[: max(name.rfind(b"/"), 0)]
-            groups.append(group_of.setdefault(folder, len(group_of)))
-        grouped = np.frombuffer(groups, np.int64)
+        grouped = np.empty(len(shown), np.uint32)
+        for first in range(0, len(shown), _ROWS_AT_A_TIME):
+            piece = shown[first : first + _ROWS_AT_A_TIME]
+            groups = array("I")
+            last, group = None, 0
+            for name in index.names_of(piece):
+                folder = name[: max(name.rfind(b"/"), 0)]
+                if folder != last:  # neighbours mostly share it
+                    last, group = folder, group_of.setdefault(folder, len(group_of))
+                groups.append(group)
+            grouped[first : first + len(piece)] = groups
         self._group_of = group_of
-        self._rows: Rows = shown[np.argsort(grouped, kind="stable")]
         self._starts = np.zeros(len(group_of) + 1, np.int64)
         np.cumsum(np.bincount(grouped, minlength=len(group_of)), out=self._starts[1:])
-
+        # Mostly all rows are shown, and folder by folder: then a row's number says where it is, and there are no rows.
+        in_order = len(shown) == index.rows and bool(np.all(grouped[1:] >= grouped[:-1]))
+        self._rows: Rows = shown[:0] if in_order else shown[np.argsort(grouped, kind="stable")]
         self.sorted = SortedFolders(group_of)
 
     @classmethod
     def from_columns(cls, paths: Sequence[bytes], rows: Rows, starts: npt.NDArray[np.int64]) -> Folders:
         """What `columns` gave; the arrays are not copied. Raises: ValueError when they do not fit together."""
-        if len(starts) != len(paths) + 1 or int(starts[-1]) != len(rows):
+        if len(starts) != len(paths) + 1 or len(rows) not in (0, int(starts[-1])):
             raise ValueError(f"{len(paths)} folders of {len(rows)} rows with {len(starts)} bounds")
         folders = cls.__new__(cls)
         folders._group_of = {path: group for group, path in enumerate(paths)}
@@ -86,17 +95,28 @@ class Folders:
         return folders
 
     def columns(self) -> tuple[list[bytes], Rows, npt.NDArray[np.int64]]:
-        """(paths, rows: u32[shown], starts: i64[paths + 1]): the rows of a folder are from its start to the next."""
+        """(paths, rows: u32[shown], starts: i64[paths + 1]): the rows of a folder are from its start to the next. No
+        rows: each is its own place."""
         return list(self._group_of), self._rows, self._starts
 
     def paths(self) -> Iterator[bytes]:
         """Every folder that a file stands in directly."""
         return iter(self._group_of)
 
-    def rows(self, folder: bytes) -> Rows:
-        """The rows directly in a folder, ascending; none for an unknown one."""
+    def count(self, folder: bytes) -> int:
+        """How many rows are directly in a folder; 0 for an unknown one."""
         group = self._group_of.get(folder)
-        return self._rows[:0] if group is None else self._rows[self._starts[group] : self._starts[group + 1]]
+        return 0 if group is None else int(self._starts[group + 1] - self._starts[group])
+
+    def rows(self, folder: bytes, first: int = 0, count: int | None = None) -> Rows:
+        """The rows directly in a folder, ascending: all, or `count` of them from the place `first` on."""
+        group = self._group_of.get(folder)
+        if group is None:
+            return np.empty(0, np.uint32)
+        start, stop = int(self._starts[group]) + first, int(self._starts[group + 1])
+        if count is not None:
+            stop = min(stop, start + count)
+        return self._rows[start:stop] if len(self._rows) else np.arange(start, stop, dtype=np.uint32)
 
 
 @dataclass(eq=False, slots=True)
@@ -118,13 +138,23 @@ class Member:
         self.folders = Folders(self.index) if known_folders is None else known_folders
 
 
-class Position(NamedTuple):
-    """Where something stands in a listing; `cookie` is what the kernel hands back to go on behind it."""
+class Share(NamedTuple):
+    """The files of a page that are rows of one container: `rows[i]` stands at `places[i]` of the page."""
 
-    cookie: int
-    name: bytes
-    member: Member | None  # None: a directory
-    row: int
+    member: Member
+    rows: Rows
+    places: npt.NDArray[np.int64]
+
+
+class Page(NamedTuple):
+    """Entries of a directory, one behind another; `cookies` are what the kernel hands back to go on behind them.
+
+    All are files, each in one of the `shares`, or all are directories, and there are none.
+    """
+
+    cookies: list[int]
+    names: list[bytes]
+    shares: list[Share]
 
 
 class _Segment(NamedTuple):
@@ -134,7 +164,7 @@ class _Segment(NamedTuple):
     member: Member
     folders: list[bytes]
     fresh: set[bytes]
-    rows: Rows
+    files: int
 
 
 class DayTree:
@@ -149,9 +179,9 @@ class DayTree:
         for member in self.members:
             self._groups.setdefault(member.name.group, []).append(member)
         self._hidden: dict[int, npt.NDArray[np.bool_]] = {}
-        # Overwritten rows that are listed as their newest version, and the newest versions that are listed there.
-        self._listed_for: dict[tuple[int, int], tuple[Member, int]] = {}
-        self._listed_elsewhere: set[tuple[int, int]] = set()
+        # By container: overwritten rows that are listed as their newest version, and rows that are listed there.
+        self._listed_for: dict[int, dict[int, tuple[Member, int]]] = {}
+        self._listed_elsewhere: dict[int, npt.NDArray[np.bool_]] = {}
         self._listings: dict[bytes, list[_Segment]] = {}
         if len(self.members) > 1:
             self._hide_older_versions()
@@ -185,47 +215,80 @@ class DayTree:
             count += len(member.index) if hidden is None else int(np.count_nonzero(~hidden[member.index.shown()]))
         return count
 
-    def entries(self, path: bytes, after: int = 0) -> Iterator[Position]:
+    def pages(self, path: bytes, after: int = 0) -> Iterator[Page]:
         """The entries of a directory behind the position `after` (0: from the start): for each container in the order
         of arrival its new subdirectories, then its files in data order.
 
         Positions hold while the day changes: cookie = ordinal << 32 | place in the container's share + 1.
         """
-        for member, folders, fresh, rows in self._segments(path):
-            base = member.ordinal << 32
+        segments = self._segments(path)
+        for at in range(_segment_at(segments, after), len(segments)):
+            segment = segments[at]
+            base = segment.member.ordinal << 32
             skip = max(after - base, 0)
-            if skip >= len(folders) + len(rows):
-                continue
-            for place in range(skip, len(folders)):
-                if folders[place] in fresh:
-                    yield Position(base + place + 1, folders[place], None, 0)
-            cut = len(path) + 1 if path else 0
-            # In pieces: the kernel takes some hundred entries at a time, and asks anew behind them.
-            for first in range(max(skip - len(folders), 0), len(rows), _ROWS_AT_A_TIME):
-                piece = rows[first : first + _ROWS_AT_A_TIME].tolist()
-                for place, row in enumerate(piece, len(folders) + first + 1):
-                    shown = self._listed_at(member, row)
-                    if shown is not None:
-                        yield Position(base + place, member.index.name(row)[cut:], *shown)
+            folders = segment.folders
+            if segment.fresh and skip < len(folders):
+                fresh = [place for place in range(skip, len(folders)) if folders[place] in segment.fresh]
+                for first in range(0, len(fresh), _PAGE):
+                    places = fresh[first : first + _PAGE]
+                    yield Page([base + place + 1 for place in places], [folders[place] for place in places], [])
+            for first in range(max(skip - len(folders), 0), segment.files, _PAGE):
+                page = self._files(segment.member, path, first, base + len(folders) + first + 1)
+                if page.cookies:
+                    yield page
 
     def listed(self, path: bytes, after: int, upto: int) -> Iterator[tuple[int, Rows]]:
-        """The files of a directory at the positions (after, upto], as slots and rows: what `entries` has given between
+        """The files of a directory at the positions (after, upto], as slots and rows: what `pages` has given between
         the two. A file that is shown elsewhere, or not at all, may be among them."""
-        for member, folders, _, rows in self._segments(path):
-            base = member.ordinal << 32
-            low, high = (min(max(at - base - len(folders), 0), len(rows)) for at in (after, upto))
+        if after >= upto:
+            return
+        segments = self._segments(path)
+        for at in range(_segment_at(segments, after), len(segments)):
+            member, folders, _, files = segments[at]
+            base = (member.ordinal << 32) + len(folders)
+            if base >= upto:
+                return
+            low, high = (min(max(position - base, 0), files) for position in (after, upto))
             if low < high:
-                yield member.slot, rows[low:high]
+                yield member.slot, member.folders.rows(path, low, high - low)
 
-    def _listed_at(self, member: Member, row: int) -> tuple[Member, int] | None:
-        """What a listing shows in the place of a row: the row, a newer version of its name, or nothing."""
-        if self._listed_for:
-            winner = self._listed_for.get((member.ordinal, row))
-            if winner is not None:
-                return winner if self.is_shown(*winner) else None
-            if (member.ordinal, row) in self._listed_elsewhere:
-                return None
-        return (member, row) if self.is_shown(member, row) else None
+    def _files(self, member: Member, path: bytes, first: int, cookie: int) -> Page:
+        """A page of the files that a container has directly in `path`, from its place `first` on."""
+        rows = member.folders.rows(path, first, _PAGE)
+        cookies = list(range(cookie, cookie + len(rows)))
+        hidden, elsewhere = self._hidden.get(member.ordinal), self._listed_elsewhere.get(member.ordinal)
+        replaced = self._listed_for.get(member.ordinal)
+        shown = np.ones(len(rows), np.bool_)
+        if hidden is not None:
+            shown &= ~hidden[rows]
+        if elsewhere is not None:
+            shown &= ~elsewhere[rows]
+        others: dict[int, tuple[Member, list[int], list[int]]] = {}
+        if replaced is not None:
+            for place, row in enumerate(rows.tolist()):
+                winner = replaced.get(row)
+                if winner is not None and self.is_shown(*winner):
+                    shown[place] = True
+                    _, its_rows, its_places = others.setdefault(winner[0].ordinal, (winner[0], [], []))
+                    its_rows.append(winner[1])
+                    its_places.append(place)
+        names = member.index.names_of(rows)
+        if path:
+            cut = len(path) + 1
+            names = [name[cut:] for name in names]
+        if not others and shown.all():
+            return Page(cookies, names, [Share(member, rows, np.arange(len(rows)))])
+        # Where each entry stands in the page when those that are not shown are left out.
+        place_of = np.cumsum(shown) - 1
+        own = shown.copy()
+        shares = []
+        for other, its_rows, its_places in others.values():
+            own[its_places] = False
+            shares.append(Share(other, np.array(its_rows, np.uint32), place_of[its_places]))
+        if own.any():
+            shares.append(Share(member, rows[own], place_of[own]))
+        kept = np.flatnonzero(shown).tolist()
+        return Page([cookies[place] for place in kept], [names[place] for place in kept], shares)
 
     def _segments(self, path: bytes) -> list[_Segment]:
         segments = self._listings.get(path)
@@ -236,7 +299,9 @@ class DayTree:
                 folders = member.folders.sorted.children(path) if visible else []
                 fresh = visible.intersection(folders) - seen
                 seen |= fresh
-                segments.append(_Segment(member, folders, fresh, member.folders.rows(path)))
+                files = member.folders.count(path)
+                if files or fresh:
+                    segments.append(_Segment(member, folders, fresh, files))
             if len(self._listings) >= _LISTINGS_KEPT:
                 self._listings.pop(next(iter(self._listings)))
             self._listings[path] = segments
@@ -251,25 +316,29 @@ class DayTree:
     def _hide_older_versions(self) -> None:
         """Of all rows with one name (tombstones included) only the newest counts: in a shard the last generation, then
         the newest container, LastModified before key."""
-        tables = [member.index.hashes for member in self.members]
-        hashes = np.concatenate([table[0] for table in tables])
-        owners = np.concatenate([np.full(len(table[0]), n, np.uint32) for n, table in enumerate(tables)])
-        rows = np.concatenate([table[1] for table in tables])
-        order = np.argsort(hashes, kind="stable")
-        hashes = hashes[order]
-        equal = np.flatnonzero(hashes[1:] == hashes[:-1])
-        if not len(equal):
+        hashes = np.concatenate([member.index.hashes[0] for member in self.members])
+        hashes.sort()
+        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        del hashes
+        if not len(repeated):
             return
-        involved = np.unique(np.concatenate([equal, equal + 1]))
-        versions: dict[bytes, list[tuple[Member, int]]] = {}
-        current: np.uint64 | None = None
-        for at in involved.tolist():
-            if hashes[at] != current:
-                self._hide_all_but_newest(versions)
-                versions, current = {}, hashes[at]
-            member, row = self.members[owners[order[at]]], int(rows[order[at]])
-            versions.setdefault(member.index.name(row), []).append((member, row))
-        self._hide_all_but_newest(versions)
+        found, owners, rows = [], [], []
+        for number, member in enumerate(self.members):
+            table, its_rows = member.index.hashes
+            at = np.flatnonzero(np.isin(table, repeated))
+            found.append(table[at])
+            owners.append(np.full(len(at), number, np.uint32))
+            rows.append(its_rows[at])
+        keys = np.concatenate(found)
+        order = np.argsort(keys, kind="stable")
+        bounds = np.append(np.flatnonzero(np.append(True, np.diff(keys[order]) != 0)), len(order)).tolist()
+        owner_of, row_of = np.concatenate(owners)[order].tolist(), np.concatenate(rows)[order].tolist()
+        for first, last in pairwise(bounds):
+            versions: dict[bytes, list[tuple[Member, int]]] = {}
+            for owner, row in zip(owner_of[first:last], row_of[first:last], strict=True):
+                member = self.members[owner]
+                versions.setdefault(member.index.name(row), []).append((member, row))
+            self._hide_all_but_newest(versions)
 
     def _hide_all_but_newest(self, versions: dict[bytes, list[tuple[Member, int]]]) -> None:
         for candidates in versions.values():
@@ -288,8 +357,11 @@ class DayTree:
         if winner is not None:
             home, row = min(shown, key=lambda each: each[0].ordinal)
             if home is not newest:
-                self._listed_for[home.ordinal, row] = winner
-                self._listed_elsewhere.add((winner[0].ordinal, winner[1]))
+                self._listed_for.setdefault(home.ordinal, {})[row] = winner
+                elsewhere = self._listed_elsewhere.get(newest.ordinal)
+                if elsewhere is None:
+                    elsewhere = self._listed_elsewhere[newest.ordinal] = np.zeros(newest.index.rows, np.bool_)
+                elsewhere[winner[1]] = True
 
     def _visible_folders(self) -> set[bytes]:
         folders: set[bytes] = set()
@@ -326,6 +398,11 @@ class DayTree:
                     self._hidden_rows(member)[row] = True
                     collisions.append((member, row))
         return collisions
+
+
+def _segment_at(segments: list[_Segment], position: int) -> int:
+    """The place of the first segment that goes beyond a position's container, or is that container's."""
+    return bisect_left(segments, position >> 32, key=lambda segment: segment.member.ordinal)
 
 
 def _newest(members: list[Member]) -> Member:

@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import pytest
 from hypothesis import example, given, settings
@@ -17,7 +18,7 @@ from des_format.layout import COMPRESSED, DELETED
 from des_format.names import name_problem
 from des_format.shards import parse_container_name
 from des_format.source import open_container
-from desfs.tree import DayTree, Member, Position
+from desfs.tree import DayTree, Folders, Member
 from tests.unit.containers import Item, MemorySource, build
 
 
@@ -47,8 +48,33 @@ def files(file_name: str, *names: bytes, mtime_s: int = 0, deleted: Iterable[byt
     return Container(file_name, mtime_s, (*((name, False) for name in names), *((name, True) for name in deleted)))
 
 
+class Position(NamedTuple):
+    """One entry of a page; `member` is None for a directory."""
+
+    cookie: int
+    name: bytes
+    member: Member | None
+    row: int
+
+
+def entries(tree: DayTree, path: bytes = b"", after: int = 0) -> Iterator[Position]:
+    """What the pages of a directory say, entry by entry."""
+    for page in tree.pages(path, after):
+        assert len(page.cookies) == len(page.names) > 0
+        where: dict[int, tuple[Member | None, int]] = dict.fromkeys(range(len(page.names)), (None, 0))
+        if page.shares:
+            places = [place for share in page.shares for place in share.places.tolist()]
+            assert sorted(places) == list(range(len(page.names)))
+        for share in page.shares:
+            where.update(
+                {p: (share.member, r) for p, r in zip(share.places.tolist(), share.rows.tolist(), strict=True)}
+            )
+        for place, (cookie, name) in enumerate(zip(page.cookies, page.names, strict=True)):
+            yield Position(cookie, name, *where[place])
+
+
 def walked(tree: DayTree, path: bytes = b"") -> Iterator[tuple[bytes, Position]]:
-    for position in tree.entries(path):
+    for position in entries(tree, path):
         full = path + b"/" + position.name if path else position.name
         yield full, position
         if position.member is None:
@@ -60,7 +86,7 @@ def shown_files(tree: DayTree) -> dict[bytes, str]:
 
 
 def names(tree: DayTree, path: bytes = b"") -> list[bytes]:
-    return [position.name for position in tree.entries(path)]
+    return [position.name for position in entries(tree, path)]
 
 
 # --- beside a model ----------------------------------------------------------------------------------------------
@@ -253,7 +279,7 @@ def test_files_come_in_the_order_of_their_data() -> None:
 
 
 def read_on(tree: DayTree, path: bytes, after: int, count: int | None = None) -> list[Position]:
-    return list(itertools.islice(tree.entries(path, after), count))
+    return list(itertools.islice(entries(tree, path, after), count))
 
 
 @given(days(), st.integers(1, 3))
@@ -261,7 +287,7 @@ def read_on(tree: DayTree, path: bytes, after: int, count: int | None = None) ->
 def test_reading_on_behind_any_position_gives_the_rest(containers: list[Container], step: int) -> None:
     tree = day(*containers)
     for path in [b"", *(path for path, where in walked(tree) if where.member is None)]:
-        whole = list(tree.entries(path))
+        whole = list(entries(tree, path))
         cookies = [position.cookie for position in whole]
         assert cookies == sorted(set(cookies))
         assert all(0 < cookie < 2**62 for cookie in cookies)
@@ -302,7 +328,7 @@ def test_positions_hold_while_containers_come_and_go(
     for path in (b"", b"d", b"e", b"e/g"):
         seen = read_on(old, path, 0, first)
         seen += read_on(now, path, seen[-1].cookie if seen else 0)
-        staying = [position for position in old.entries(path) if position.name in set(names(now, path))]
+        staying = [position for position in entries(old, path) if position.name in set(names(now, path))]
         assert {position.name for position in staying} <= {position.name for position in seen}
         shown = [position.name for position in seen if position.member is not None]
         assert len(shown) == len(set(shown))
@@ -348,3 +374,35 @@ def test_a_hundred_thousand_directories_open_and_list_quickly(containers: int) -
     assert len(names(tree)) == containers * (each + 1)
     assert time.monotonic() - began < 5
     assert tree.collisions == []
+
+
+# --- columns -----------------------------------------------------------------------------------------------------
+
+
+@given(days())
+@settings(max_examples=60, deadline=None)
+def test_folders_taken_from_their_columns_are_the_same(containers: list[Container]) -> None:
+    for member in day(*containers).members:
+        again = Folders.from_columns(*member.folders.columns())
+        assert list(again.paths()) == list(member.folders.paths())
+        for path in (*member.folders.paths(), b"nowhere"):
+            rows = member.folders.rows(path)
+            assert again.rows(path).tolist() == rows.tolist()
+            assert member.folders.count(path) == len(rows)
+            assert member.folders.rows(path, 1, 2).tolist() == rows[1:3].tolist()
+            assert all(member.index.name(row).rpartition(b"/")[0] == path for row in rows.tolist())
+
+
+@given(days())
+@settings(max_examples=60, deadline=None)
+def test_what_was_listed_between_two_positions_is_known(containers: list[Container]) -> None:
+    """The rows that a listing has passed, so that their payloads can be pushed: all that it showed, in its order."""
+    tree = day(*containers)
+    for path in {b"", *(path for path, where in walked(tree) if where.member is None)}:
+        cookies = [0, *(position.cookie for position in entries(tree, path))]
+        for after, upto in itertools.combinations(cookies, 2):
+            passed = [(slot, row) for slot, rows in tree.listed(path, after, upto) for row in rows.tolist()]
+            for cookie, _, member, row in entries(tree, path):
+                if member is not None and after < cookie <= upto and member.ordinal == cookie >> 32:
+                    assert (member.slot, row) in passed
+        assert list(tree.listed(path, 5, 5)) == []

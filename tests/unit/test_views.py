@@ -66,12 +66,13 @@ class World:
 
 
 def walked(tree: DayTree, path: bytes = b"") -> Iterable[bytes]:
-    for position in tree.entries(path):
-        full = path + b"/" + position.name if path else position.name
-        if position.member is None:
-            yield from walked(tree, full)
-        else:
-            yield full
+    for page in tree.pages(path):
+        for name in page.names:
+            full = path + b"/" + name if path else name
+            if page.shares:
+                yield full
+            else:
+                yield from walked(tree, full)
 
 
 @pytest.fixture
