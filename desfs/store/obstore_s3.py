@@ -24,14 +24,14 @@ import obstore
 from obstore.exceptions import BaseError
 
 from des_format.s3 import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, one_line, quoted, unquoted
-from desfs.errors import BadAnswer, ObjectReplaced, StoreError, StoreUnavailable, UsageError
+from desfs.errors import BadAnswer, ObjectReplaced, StoreError, StoreUnavailable
 from desfs.metrics import FIRST_BYTE, STORE_BYTES, STORE_REQUESTS
 from desfs.store.base import Answer, S3Options
 from desfs.store.s3 import CONNECTIONS, Keys, Route, S3Store
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult
-    from obstore.store import ClientConfig, S3Config
+    from obstore.store import ClientConfig, S3Config, S3Credential
 
 __all__ = ["ObstoreS3Store"]
 
@@ -53,6 +53,15 @@ _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _REASON = re.compile(r'(?:message|error): "([^"]+)"')
 _CERTIFICATE = re.compile(r"(?:invalid peer certificate|InvalidCertificate)[^\n\"]*")
+
+# What S3 says when a request went to, or was signed for, another region than the bucket's.
+_REDIRECTS = {"301", "302", "307"}
+_ELSEWHERE = {
+    "PermanentRedirect",
+    "TemporaryRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -154,14 +163,16 @@ class ObstoreS3Store(S3Store):
         try:
             result = obstore.get(store, name, options=options)
         except (BaseError, OSError, ValueError) as error:
-            status, translated = self._explain(error, key, what)
-            STORE_REQUESTS.labels("get", status).inc()
-            if status.isdecimal():
+            failure = _understood(error)
+            STORE_REQUESTS.labels("get", failure.status).inc()
+            if failure.status.isdecimal():
                 FIRST_BYTE.observe(time.monotonic() - sent)
-            suffix = ranged and not isinstance(options["range"], tuple)
-            if suffix and status in ("200", "416"):
+            if failure.status in ("200", "416") and ranged and not isinstance(options["range"], tuple):
                 raise _WholeObject from error
-            raise translated from error
+            if failure.status in _REDIRECTS or failure.code in _ELSEWHERE:
+                self._forget_client(store)
+                return None
+            raise self._translated_failure(failure, key, what) from error
         FIRST_BYTE.observe(time.monotonic() - sent)
         STORE_REQUESTS.labels("get", "206" if ranged else "200").inc()
         return result
@@ -171,7 +182,7 @@ class ObstoreS3Store(S3Store):
         try:
             data = result.bytes()
         except (BaseError, OSError, ValueError) as error:
-            if "kind: Timeout" in str(error):
+            if _understood(error).status == "Timeout":
                 raise StoreUnavailable(f"cannot reach {self.endpoint_url}: no answer in time") from error
             raise BadAnswer(f"{what}: the connection ended in the middle of the answer") from error
         if len(data) != length:
@@ -180,14 +191,16 @@ class ObstoreS3Store(S3Store):
         return Answer(memoryview(data) if length >= VIEW_FROM else data.to_bytes(), etag, result.meta["size"])
 
     def _client_now(self) -> obstore.store.S3Store | None:
-        keys = self.keys()
         connected = self._connected
-        if connected is not None and connected.keys == keys:
+        if connected is not None and connected.keys == self.keys():
             return connected.store
         with self._lock:
             connected = self._connected
-            if connected is None or connected.keys != keys:
-                connected = self._connected = _Connected(keys, self._connect(self.route(), keys))
+            if connected is None or connected.keys != self.keys():
+                # The route first: where there are no credentials it says so, and nobody looks for them once more.
+                route = self.route()
+                keys = self.keys()
+                connected = self._connected = _Connected(keys, self._connect(route, keys))
         return connected.store
 
     def _connect(self, route: Route | None, keys: Keys | None) -> obstore.store.S3Store | None:
@@ -196,57 +209,101 @@ class ObstoreS3Store(S3Store):
             return None
         client: ClientConfig = {
             "allow_http": route.bucket_url.startswith("http:"),
+            "allow_invalid_certificates": False,
             "connect_timeout": f"{round(self._connect_timeout_s * 1000)}ms",
             "read_timeout": f"{round(self._read_timeout_s * 1000)}ms",
             "timeout": f"{round(TOTAL_TIMEOUT_S * 1000)}ms",
             "pool_idle_timeout": f"{round(IDLE_TIMEOUT_S * 1000)}ms",
             "pool_max_idle_per_host": str(CONNECTIONS),
         }
-        if not client["allow_http"]:
-            client["root_certificate"] = Path(route.ca_file).read_bytes()
-        # The bucket is in the URL, whichever style that is of.
-        config: S3Config = {"endpoint": route.bucket_url, "virtual_hosted_style_request": True, "region": route.region}
-        if keys is None:
-            config["skip_signature"] = True
-        else:
-            config["access_key_id"] = keys.access_key
-            config["secret_access_key"] = keys.secret_key
-            if keys.token is not None:
-                config["session_token"] = keys.token
+        # The bucket is in the URL, whichever style that is of. What is not said here is taken from AWS_… variables,
+        # by other rules than boto3's.
+        config: S3Config = {
+            "aws_endpoint_url_s3": route.bucket_url,
+            "virtual_hosted_style_request": True,
+            "region": route.region,
+            "skip_signature": keys is None,
+            "unsigned_payload": False,
+            "request_payer": False,
+            "s3_express": False,
+        }
+
+        def credentials() -> S3Credential:
+            assert keys is not None
+            return {
+                "access_key_id": keys.access_key,
+                "secret_access_key": keys.secret_key,
+                "token": keys.token,
+                "expires_at": None,  # other keys make another client
+            }
+
         try:
+            if not client["allow_http"]:
+                client["root_certificate"] = Path(route.ca_file).read_bytes()
             return obstore.store.S3Store(
-                self._bucket, config=config, client_options=client, retry_config={"max_retries": 0}
+                self._bucket,
+                config=config,
+                client_options=client,
+                retry_config={"max_retries": 0},
+                credential_provider=None if keys is None else credentials,
             )
         except (BaseError, OSError, ValueError) as error:
-            raise UsageError(f"S3 settings: {one_line(str(error).partition(_DEBUG)[0])}") from error
+            raise StoreError(f"S3 settings: {one_line(str(error).partition(_DEBUG)[0])}") from error
 
-    def _explain(self, error: Exception, key: str, what: str) -> tuple[str, StoreError]:
-        """The status for the metrics, and what an error of obstore's means. It has no fields: its text has all."""
-        text, _, debug = str(error).partition(_DEBUG)
-        refused = _STATUS.search(text)
-        if refused is not None:
-            status, body = refused[1], refused[2] or ""
-            code, message = _CODE.search(body), _MESSAGE.search(body)
-            return status, self.refusal(
-                int(status),
-                html.unescape(code[1]) if code else "",
-                html.unescape(message[1]) if message else "",
-                key,
-            )
-        if "NotPartial" in debug:
-            return "200", BadAnswer(f"{what}, got status 200")
-        kind = _KIND.search(debug)
-        if kind is None:
-            return "206", BadAnswer(f"{what}: {one_line(text)}")
-        certificate = _CERTIFICATE.search(debug)
-        if certificate is not None:
-            return kind[1], StoreError(f"{what}: {one_line(certificate[0])}")
-        reasons = _REASON.findall(debug)
-        if kind[1] == "Timeout":
-            reason = "no connection in time" if "Connect" in debug else "no answer in time"
-        else:
-            reason = reasons[-1] if reasons else "the connection was closed before an answer came"
-        return kind[1], StoreUnavailable(f"cannot reach {self.endpoint_url}: {one_line(reason)}")
+    def _forget_client(self, store: obstore.store.S3Store) -> None:
+        """The bucket is in another region: boto3 finds out which, with its own GET, and the next route goes there."""
+        with self._lock:
+            if self._connected is not None and self._connected.store is store:
+                self._connected = None
+
+    def _translated_failure(self, failure: _Failure, key: str, what: str) -> StoreError:
+        if failure.refused:
+            return self.refusal(int(failure.status), failure.code, failure.reason, key)
+        if failure.status.isdecimal():
+            return BadAnswer(f"{what}: {failure.reason}")
+        if failure.final:
+            return StoreError(f"cannot reach {self.endpoint_url}: {failure.reason}")
+        return StoreUnavailable(f"cannot reach {self.endpoint_url}: {failure.reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What an error of obstore's says: the status, or the kind of a failure to get one, and the reason in one line.
+
+    `refused`: S3 has answered with an error, `code` is its; `final`: the next try would fail as well.
+    """
+
+    status: str
+    reason: str
+    code: str = ""
+    refused: bool = False
+    final: bool = False
+
+
+def _understood(error: Exception) -> _Failure:
+    """An error of obstore's has no fields; its text, made by object_store's client/retry.rs, has everything."""
+    text, _, debug = str(error).partition(_DEBUG)
+    refused = _STATUS.search(text)
+    if refused is not None:
+        body = refused[2] or ""
+        code, message = (
+            html.unescape(found[1]) if found else "" for found in (_CODE.search(body), _MESSAGE.search(body))
+        )
+        return _Failure(refused[1], message, code, refused=True)
+    if "Received redirect without LOCATION" in text:
+        return _Failure("301", "the bucket is in another region")
+    if "source: NotPartial" in debug:
+        return _Failure("200", "got status 200")
+    kind = _KIND.search(debug)
+    if kind is None:
+        return _Failure("206", one_line(text))
+    certificate = _CERTIFICATE.search(debug)
+    if certificate is not None:
+        return _Failure(kind[1], one_line(certificate[0]), final=True)
+    if kind[1] == "Timeout":
+        return _Failure(kind[1], "no connection in time" if "Connect" in debug else "no answer in time")
+    reasons = _REASON.findall(debug)
+    return _Failure(kind[1], one_line(reasons[-1]) if reasons else "the connection was closed before an answer came")
 
 
 class _WholeObject(Exception):

@@ -418,6 +418,11 @@ class S3Store:
             raise ObjectReplaced(str(error)) from error
         except self._foreign as error:
             raise self._translated(error, key, storing) from error
+        except RuntimeError as error:
+            # botocore/credentials.py: "Credentials were refreshed, but the refreshed credentials are still expired."
+            if "credentials" not in str(error):
+                raise
+            raise AccessDenied(f"{one_line(str(error))} (for {self.url} at {self.endpoint_url})") from error
 
     def _translated(self, error: Exception, key: str | None, storing: bool) -> StoreError:
         trouble, reason = diagnose(error)

@@ -10,6 +10,7 @@ cut           206 as it should be, but the connection is closed in the middle of
 empty         206 (200 without a range) with the right Content-Range and no byte
 reset         the connection is reset before any answer
 stall         the request is read, and nothing is ever sent
+stall-body    206 as it should be, but nothing comes after half of the body
 wrong-etag    206 with the bytes and the ETag of another version, although If-Match asked for the first
 503, 500, 403, 412, 404, 416   that status, with S3's XML error
 """
@@ -21,10 +22,12 @@ import hashlib
 import os
 import re
 import socket
+import ssl
 import struct
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
@@ -38,7 +41,8 @@ ERRORS = {
     "416": (416, "InvalidRange"),
 }
 WORDS = frozenset(
-    {"ok", "ignore-range", "shifted", "short", "cut", "empty", "reset", "stall", "wrong-etag"} | ERRORS.keys()
+    {"ok", "ignore-range", "shifted", "short", "cut", "empty", "reset", "stall", "stall-body", "wrong-etag"}
+    | ERRORS.keys()
 )
 
 
@@ -55,10 +59,11 @@ class FaultyRequest:
 class FaultyS3:
     """The server; a context manager. Any thread may use it.
 
-    `script` may be replaced while it runs: the next request takes the first word.
+    `script` may be replaced while it runs: the next request takes the first word. `port` 0 is a free one; with
+    `certificate`, a PEM file that has the key too, it speaks TLS.
     """
 
-    def __init__(self, body: bytes, script: str = "ok") -> None:
+    def __init__(self, body: bytes, script: str = "ok", *, port: int = 0, certificate: Path | None = None) -> None:
         self.body = body
         self.etag = _etag(body)
         self._lock = threading.Lock()
@@ -66,6 +71,8 @@ class FaultyS3:
         self._words: list[str] = []
         self._closing = threading.Event()
         self.script = script
+        self._asked_port = port
+        self._certificate = certificate
 
     @property
     def script(self) -> str:
@@ -90,10 +97,25 @@ class FaultyS3:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http{'' if self._certificate is None else 's'}://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    @property
+    def connections(self) -> int:
+        """How many were opened so far."""
+        return self._server.opened
 
     def __enter__(self) -> Self:
-        self._server = _Server(self)
+        self._server = _Server(self, self._asked_port)
+        if self._certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self._certificate)
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="faulty-s3", daemon=True)
         self._thread.start()
         return self
@@ -121,15 +143,17 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, owner: FaultyS3) -> None:
+    def __init__(self, owner: FaultyS3, port: int) -> None:
         self.owner = owner
+        self.opened = 0
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", port), _Handler)
 
     def register(self, connection: socket.socket, *, is_open: bool) -> None:
         with self._lock:
             if is_open:
+                self.opened += 1
                 self._open.add(connection)
             else:
                 self._open.discard(connection)
@@ -208,17 +232,21 @@ class _Handler(BaseHTTPRequestHandler):
             sent = b""
         elif word == "short":
             sent = sent[: len(sent) // 2]
-        self._send(status, headers, sent, cut=word == "cut")
+        self._send(status, headers, sent, word)
 
-    def _send(self, status: int, headers: dict[str, str], body: bytes, *, cut: bool = False) -> None:
+    def _send(self, status: int, headers: dict[str, str], body: bytes, word: str = "ok") -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if cut else body)
-        if cut:
-            self.close_connection = True
+        if word not in ("cut", "stall-body"):
+            self.wfile.write(body)
+            return
+        self.wfile.write(body[: len(body) // 2])
+        if word == "stall-body":
+            self.server.owner._wait_closing()
+        self.close_connection = True
 
 
 def _etag(body: bytes) -> str:
