@@ -11,7 +11,9 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from struct import Struct
@@ -187,40 +189,97 @@ class DiskIndexCache:
                 excess -= size
 
 
+class _Rest:
+    """Leaves a server alone for a while after it failed: then one caller tries it, and the others go on without it
+    until he has succeeded. Any thread."""
+
+    def __init__(self, rest_s: float, clock: Callable[[], float]) -> None:
+        self._rest_s = rest_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._until: float | None = None  # None: the server is well
+
+    def may_try(self) -> bool:
+        """Whether this caller should ask the server; he says afterwards what came of it."""
+        if self._until is None:
+            return True
+        with self._lock:
+            now = self._clock()
+            if self._until is not None and now < self._until:
+                return False
+            if self._until is not None:
+                self._until = now + self._rest_s  # for the others
+            return True
+
+    def failed(self) -> bool:
+        """True for the first failure since it was well."""
+        with self._lock:
+            first = self._until is None
+            self._until = self._clock() + self._rest_s
+            return first
+
+    def succeeded(self) -> bool:
+        """True for the first success since it failed."""
+        if self._until is None:
+            return False
+        with self._lock:
+            first, self._until = self._until is not None, None
+            return first
+
+
 class RedisIndexCache:
-    """Shares values between hosts through Redis, compressed, for `ttl_s` seconds. A Redis that fails is a miss."""
+    """Shares values between hosts through Redis, compressed, for `ttl_s` seconds. A Redis that fails, or is slow, is a
+    miss; it is left alone for `rest_s` seconds then, so that it costs one time-out and not one for every value."""
 
-    MAX_VALUE = 512 * 1024 * 1024  # bytes: a Redis string holds no more, and nothing larger is unpacked
+    SLOW_S = 1.0  # and a second for each of so many bytes: a cache that is slower than the store is no use
+    SLOW_BYTES = 16 * 1024 * 1024
 
-    def __init__(self, client: redis.Redis | str, ttl_s: int = 7 * 24 * 3600, prefix: str = "desfs:index:") -> None:
-        """`client` is a connected `redis.Redis` (bytes, no decode_responses) or a `redis://` URL.
+    def __init__(
+        self,
+        client: redis.Redis | str,
+        ttl_s: int = 7 * 24 * 3600,
+        prefix: str = "desfs:index:",
+        *,
+        max_value: int = 64 * 1024 * 1024,
+        rest_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`client` is a connected `redis.Redis` (bytes, no decode_responses) or a `redis://` URL. Values above
+        `max_value` bytes are not kept: Redis does nothing else while it moves one.
 
-        Raises: ImportError without the packages redis and zstandard (the extra `redis`).
+        Raises: ImportError without the packages redis and zstandard (the extra `redis`); ValueError for no such URL.
         """
         import redis
         import zstandard
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
 
-        # A cache that answers slower than the store is no use: short time-outs.
+        # Short time-outs, and no second try: redis-py would make several, with waits between them.
         self._client = (
-            redis.Redis.from_url(client, socket_timeout=2.0, socket_connect_timeout=1.0)
+            redis.Redis.from_url(
+                client, socket_timeout=2.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0), retry_on_error=[]
+            )
             if isinstance(client, str)
             else client
         )
         self._failures: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+        self._refusal = redis.ResponseError  # of one command: the server is well
         self._zstd = zstandard
         self._ttl_s = ttl_s
         self._prefix = prefix
+        self._max_value = max_value
+        self._clock = clock
+        self._rest = _Rest(rest_s, clock)
+        self._refused = False
 
     def get(self, key: CacheKey) -> bytes | None:
-        try:
-            packed = self._client.get(self._prefix + key.digest())
-        except self._failures as error:
-            log.warning("index cache in Redis: cannot read: %s", error)
+        if not self._rest.may_try():
             return None
+        packed = self._call("read", 0, lambda: self._client.get(self._prefix + key.digest()))
         if not isinstance(packed, bytes):
             return None
         try:
-            if not 0 <= self._zstd.frame_content_size(packed) <= self.MAX_VALUE:
+            if not 0 <= self._zstd.frame_content_size(packed) <= self._max_sealed(key):
                 return None
             sealed = self._zstd.ZstdDecompressor().decompress(packed)
         except self._zstd.ZstdError as error:
@@ -229,10 +288,36 @@ class RedisIndexCache:
         return unseal(key, sealed)
 
     def put(self, key: CacheKey, value: bytes) -> None:
-        if len(value) > self.MAX_VALUE:
+        if len(value) > self._max_value or not self._rest.may_try():
             return
         packed = self._zstd.ZstdCompressor(level=3).compress(seal(key, value))
+        self._call("write", len(packed), lambda: self._client.set(self._prefix + key.digest(), packed, ex=self._ttl_s))
+
+    def _max_sealed(self, key: CacheKey) -> int:
+        return self._max_value + len(seal(key, b""))
+
+    def _call(self, doing: str, size: int, command: Callable[[], object]) -> object:
+        """What Redis answers, None for a failure. `size`: bytes that are sent."""
+        began_s = self._clock()
         try:
-            self._client.set(self._prefix + key.digest(), packed, ex=self._ttl_s)
+            answer = command()
+        except self._refusal as error:
+            if not self._refused:
+                log.warning("index cache in Redis: cannot %s: %s", doing, error)
+            self._refused = True
+            return None
         except self._failures as error:
-            log.warning("index cache in Redis: cannot write: %s", error)
+            self._fail(f"cannot {doing}: {error}")
+            return None
+        size += len(answer) if isinstance(answer, bytes) else 0
+        took_s = self._clock() - began_s
+        if took_s > self.SLOW_S + size / self.SLOW_BYTES:
+            self._fail(f"cannot {doing} in time: {size} bytes took {took_s:.1f} s")
+        elif self._rest.succeeded():
+            log.info("index cache in Redis: in use again")
+        self._refused = False
+        return answer
+
+    def _fail(self, why: str) -> None:
+        if self._rest.failed():
+            log.warning("index cache in Redis: %s; it is left alone for a while", why)

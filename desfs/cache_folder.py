@@ -94,7 +94,9 @@ class CacheFolder:
         self._fault: str | None = None
         self._off_until = {"read": 0.0, "write": 0.0}
         self._warned_at: float | None = None
-        self._take_into_use()
+        refused = take_into_use(self.path)
+        if refused is not None:
+            self.failed("write", refused)
         self._wake()
 
     # --- places ---
@@ -264,25 +266,6 @@ class CacheFolder:
             return 0  # a file system that does not tell
         return int(disk.f_blocks * disk.f_frsize * self.free_fraction) + size - disk.f_bavail * disk.f_frsize
 
-    # --- the start ---
-
-    def _take_into_use(self) -> None:
-        try:
-            os.makedirs(self.path, 0o700, exist_ok=True)
-            _check_owner(self.path)
-            os.makedirs(self._base, 0o700, exist_ok=True)
-            _check_owner(self._base)
-            tag = os.open(f"{self.path}/CACHEDIR.TAG", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                if os.fstat(tag).st_size == 0:
-                    os.write(tag, _TAG)
-            finally:
-                os.close(tag)
-        except OSError as error:
-            if error.errno not in (*_FULL, errno.EROFS, errno.EIO):
-                raise UsageError(f"cache_dir {self.path}: {error.strerror}") from error
-            self.failed("write", error)
-
     def _say(self, fault: str) -> None:
         with self._lock:
             known, self._fault = self._fault is not None, fault
@@ -294,6 +277,30 @@ class CacheFolder:
             self._problems.report(self._about, f"off: {fault}")
         else:
             log.warning("the disk cache is off", folder=self.path, fault=fault)
+
+
+def take_into_use(folder: str) -> OSError | None:
+    """Make the folder if it is missing, with mode 0700; what a disk that is full or cannot be written to has refused.
+
+    Raises: UsageError for a folder that cannot be made, is another user's, or may be written to by everybody.
+    """
+    base = os.path.join(folder, LAYOUT)
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        _check_owner(folder)
+        os.makedirs(base, 0o700, exist_ok=True)
+        _check_owner(base)
+        tag = os.open(f"{folder}/CACHEDIR.TAG", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            if os.fstat(tag).st_size == 0:
+                os.write(tag, _TAG)
+        finally:
+            os.close(tag)
+    except OSError as error:
+        if error.errno not in (*_FULL, errno.EROFS, errno.EIO):
+            raise UsageError(f"cache_dir {folder}: {error.strerror}") from error
+        return error
+    return None
 
 
 def disk_size(size: int) -> int:

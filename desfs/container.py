@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from des_format.cache import IndexCache
 from des_format.errors import CorruptEntry
 from des_format.index import Index
 from des_format.layout import MAX_META
 from des_format.meta import MetaColumns
 from des_format.names import external_keys
 from des_format.source import Tail, open_container
+from desfs.compiled import Compiled, CompiledIndexes
+from desfs.disk_cache import ObjectVersion
 from desfs.errors import BadAnswer, NoSuchObject
 from desfs.store.base import Answer, ObjectInfo, Store
+from desfs.tree import Folders
 
 # A sixteenth of a container of small files holds its index and META, and reads at most 6 % too much; below 64 KiB a GET
 # costs its round trip whatever it brings, above 1 MiB it begins to cost more.
@@ -27,11 +31,12 @@ _PROBLEMS_NAMED = 20  # of one container; the rest is counted
 
 @dataclass(frozen=True, slots=True)
 class LoadedContainer:
-    """The columns of a container's index and metadata; nothing else of it stays in memory."""
+    """The columns of a container's index and metadata, and its folders; nothing else of it stays in memory."""
 
     info: ObjectInfo
     index: Index
     meta: MetaColumns
+    folders: Folders
     problems: tuple[str, ...]
 
 
@@ -100,10 +105,30 @@ def read_external(
     raise CorruptEntry(f"{container}: {name!r}: external object {keys[0]} is missing")
 
 
-def load_container(store: Store, info: ObjectInfo) -> LoadedContainer:
-    """Open a container in one or two reads. Raises: NotAContainer; NoSuchObject, ObjectReplaced; StoreError."""
+def load_container(
+    store: Store,
+    info: ObjectInfo,
+    *,
+    compiled: CompiledIndexes | None = None,
+    tails: IndexCache | None = None,
+) -> LoadedContainer:
+    """Open a container: from its compiled index, else from its raw tail in a shared cache, else in one or two reads.
+
+    Raises: NotAContainer; NoSuchObject, ObjectReplaced; StoreError.
+    """
+    version = ObjectVersion(store.url, info.key, info.etag)
+    found = compiled.get(version) if compiled is not None else None
+    if found is None:
+        found = _parsed(store, info, tails)
+        if compiled is not None:
+            compiled.put(version, found)
+    return LoadedContainer(info, found.index, found.meta, found.folders, found.problems)
+
+
+def _parsed(store: Store, info: ObjectInfo, tails: IndexCache | None) -> Compiled:
     source = StoreSource(store, info)
-    opened = open_container(source, tail_length=min(max(info.size // _TAIL_FRACTION, _MIN_TAIL), _MAX_TAIL))
+    tail_length = min(max(info.size // _TAIL_FRACTION, _MIN_TAIL), _MAX_TAIL)
+    opened = open_container(source, cache=tails, tail_length=tail_length)
     index = opened.index
     meta = MetaColumns(index.rows)
     if opened.meta is not None:
@@ -111,7 +136,7 @@ def load_container(store: Store, info: ObjectInfo) -> LoadedContainer:
     else:
         for start, stop in meta_pieces(index):
             meta.fill(index, source.read(start, stop), start)
-    return LoadedContainer(info, index, meta, _problems(index, meta))
+    return Compiled(index, meta, Folders(index), _problems(index, meta))
 
 
 def meta_pieces(index: Index, limit: int = _META_PIECE) -> list[tuple[int, int]]:

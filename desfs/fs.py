@@ -18,6 +18,7 @@ import trio
 from des_format.errors import DesFormatError
 from des_format.meta import NO_MODE, NO_TIME
 from desfs import metrics
+from desfs.caches import Caches
 from desfs.control import CONTROL_NAME, ControlDirectory
 from desfs.errors import (
     DesfsError,
@@ -118,8 +119,13 @@ class FileSystem:
         self.settings = settings
         self.problems = Problems()
         self.threads = StoreThreads(store, settings.deadline)
-        self.views = Views(self.threads, self.problems, strict=settings.strict, on_change=self._forget)
-        self.fetcher = Fetcher(self.threads, self.problems, settings.memory, max_gap=settings.max_gap)
+        self.caches = Caches(settings, self.problems)
+        self.views = Views(
+            self.threads, self.problems, strict=settings.strict, on_change=self._forget, load=self.caches.load
+        )
+        self.fetcher = Fetcher(
+            self.threads, self.problems, settings.memory, max_gap=settings.max_gap, disk=self.caches.disk
+        )
         self.prefetcher = Prefetcher(self.fetcher, settings.memory, settings.max_prefetch)
         self._xattrs = Xattrs(self.threads, self.fetcher)
         self._control = ControlDirectory(self.render_control)
@@ -290,6 +296,7 @@ class FileSystem:
             "open_containers": {"bytes": size, "files": files},
             "days": {day.name: {"files": day.file_count()} for day in self.views.known_days()},
             "block_cache": {"pieces": len(self.fetcher.cache), "bytes": self.fetcher.cache.bytes},
+            "caches": self.caches.state(),
             "link": self.threads.meter.link()._asdict(),
             "levers": LEVERS.report(),
             "metrics": metrics.snapshot(),

@@ -81,6 +81,12 @@ DISK_CACHE_ERRORS = Counter(
 DISK_CACHE_EVICTED = Counter(
     "desfs_disk_cache_evicted_bytes_total", "Bytes that made room in the disk cache", registry=REGISTRY
 )
+REDIS_REQUESTS = Counter(
+    "desfs_redis_requests_total",
+    "Raw tails looked for in Redis, by outcome: hit or miss",
+    ["outcome"],
+    registry=REGISTRY,
+)
 
 PACKED_FILES = Counter("desfs_packed_files_total", "Spool files that are durable and committed", registry=REGISTRY)
 PACKED_BYTES = Counter("desfs_packed_bytes_total", "Their bytes", registry=REGISTRY)

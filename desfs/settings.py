@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from des_format.layout import BIG_FILE_THRESHOLD
@@ -36,7 +38,28 @@ def parse_octal(value: Any) -> Any:
     return int(value, 8)
 
 
+def check_redis(url: SecretStr) -> SecretStr:
+    """A URL of Redis, which may hold a password: no message repeats any of it."""
+    try:
+        parts = urlsplit(url.get_secret_value())
+        known = parts.scheme == "unix" or (
+            parts.scheme in ("redis", "rediss")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and re.fullmatch(r"(/\d*)?", parts.path) is not None
+        )
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("no URL of Redis: want redis://[[user]:password@]host[:port][/database]")
+    missing = [name for name in ("redis", "zstandard") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the package {missing[0]} is missing: pip install 'desfs[redis]'")
+    return url
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Redis = Annotated[SecretStr, AfterValidator(check_redis)]
 Octal = Annotated[int, BeforeValidator(parse_octal), Field(ge=0, le=0o7777)]
 
 
@@ -77,6 +100,9 @@ class MountSettings(StoreSettings):
     gid: int = Field(default_factory=os.getgid, ge=0, lt=_NO_ID)
     umask: Octal = 0
     memory: Size = 256 * 1024 * 1024
+    cache_dir: str | None = None
+    cache_size: Size = 10 * 1024**3
+    redis: Redis | None = None
     max_gap: Size = DEFAULT_MAX_GAP
     max_prefetch: Size = 64 * 1024 * 1024
     refresh: float = Field(default=10.0, gt=0, allow_inf_nan=False)

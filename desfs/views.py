@@ -32,14 +32,14 @@ from des_format.shards import (
 )
 from desfs import metrics
 from desfs.changes import changed_folders, changed_paths
-from desfs.container import load_container
+from desfs.container import LoadedContainer, load_container
 from desfs.errors import DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
 from desfs.fetch import OpenContainer, StoreThreads, first_of
 from desfs.inode import Slots, preferred_slot
 from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.prefetch import Route, Stop
 from desfs.problems import Problems
-from desfs.store.base import ObjectInfo
+from desfs.store.base import ObjectInfo, Store
 from desfs.tree import DayTree, Member
 
 log = structlog.get_logger(__name__)
@@ -310,7 +310,7 @@ class DayView:
     async def _open_one(self, candidate: Candidate, changed: list[str]) -> None:
         info = candidate.info
         try:
-            loaded = await self._views.threads.run(load_container, self._views.threads.store, info)
+            loaded = await self._views.threads.run(self._views.load_container, self._views.threads.store, info)
         except NotAContainer as error:
             self._refused[info.key] = info.etag
             self._views.problems.clear(info.key)  # of the version before
@@ -323,7 +323,14 @@ class DayView:
         container = self._views.slots.add(info.key, info.etag, partial(OpenContainer, loaded))
         try:
             member = await trio.to_thread.run_sync(
-                Member, candidate.ordinal, container.slot, loaded.index, info.key, candidate.name, info.mtime_ns
+                Member,
+                candidate.ordinal,
+                container.slot,
+                loaded.index,
+                info.key,
+                candidate.name,
+                info.mtime_ns,
+                loaded.folders,
             )
         except BaseException:
             self._views.slots.remove(container.slot)
@@ -428,9 +435,11 @@ class Views:
         strict: bool = False,
         now: Callable[[], float] = time.time,
         on_change: Callable[[Changes], None] = lambda changes: None,
+        load: Callable[[Store, ObjectInfo], LoadedContainer] = load_container,
     ) -> None:
-        """`on_change` is told of every change of what a day has shown."""
+        """`on_change` is told of every change of what a day has shown; `load` opens a container, in a thread."""
         self.on_change = on_change
+        self.load_container = load
         self.threads = threads
         self.problems = problems
         self.strict = strict

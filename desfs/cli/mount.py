@@ -82,8 +82,12 @@ def _prepare(parsed: argparse.Namespace) -> tuple[Callable[[bool, Callable[[], N
         origin = f"mount option {name}" if name in given else f"DESFS_{name.upper()} in the environment"
         raise UsageError(f"{origin}: {first['msg'].removeprefix('Value error, ')}") from None
     # The daemon's directory is the root: what is relative to ours has to be said in full.
-    paths = {"log_file": settings.log_file, "ca_bundle": settings.ca_bundle}
+    paths = {"log_file": settings.log_file, "ca_bundle": settings.ca_bundle, "cache_dir": settings.cache_dir}
     settings = settings.model_copy(update={name: path and os.path.abspath(path) for name, path in paths.items()})
+    if settings.cache_dir:
+        from desfs.cache_folder import take_into_use
+
+        take_into_use(settings.cache_dir)
     source = parsed.source
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source):
         source = os.path.abspath(source)
