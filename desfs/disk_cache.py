@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from itertools import groupby
@@ -186,11 +186,17 @@ class DiskCache:
     def _read(self, version: ObjectVersion, bounds: Sequence[tuple[int, int]], found: list[bytes | None]) -> None:
         current: dict[int, _Segment | None] = {}  # the segments that were looked at, with all their records
         chains = [self._chain(version, start, stop, current) for start, stop in bounds]
-        blocks = _read_pieces(piece for chain in chains for piece in chain)
+        runs = list(_runs(piece for chain in chains for piece in chain))
+        contents = [_read_run(run) for run in runs]
+        run_of = {piece[1:3]: number for number, run in enumerate(runs) for piece in run}
         for place, chain in enumerate(chains):
-            parts = [part for part in (blocks.get((piece.start, piece.stop)) for piece in chain) if part is not None]
-            if chain and len(parts) == len(chain):
-                found[place] = parts[0] if len(parts) == 1 else b"".join(parts)
+            if not chain or not all(piece[1:3] in contents[run_of[piece[1:3]]].good for piece in chain):
+                continue
+            parts = []
+            for number, pieces in groupby(chain, key=lambda piece: run_of[piece[1:3]]):
+                share = list(pieces)
+                parts.append(contents[number].cut(share[0].start, share[-1].stop))
+            found[place] = parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _chain(
         self, version: ObjectVersion, start: int, stop: int, current: dict[int, _Segment | None]
@@ -343,31 +349,42 @@ def _write_all(written: int, wanted: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _read_pieces(pieces: Iterable[_Piece]) -> dict[tuple[int, int], bytes]:
-    """The bytes of the blocks that match their checksums, by bounds."""
-    found: dict[tuple[int, int], bytes] = {}
+class _Content(NamedTuple):
+    """The bytes of a run, and the bounds of those of its blocks that match their checksums."""
+
+    start: int
+    data: bytes
+    good: set[tuple[int, int]]
+
+    def cut(self, start: int, stop: int) -> bytes:
+        return self.data[start - self.start : stop - self.start]
+
+
+def _runs(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Blocks that stand one behind the other in a file, each once, together."""
     run: list[_Piece] = []
-    for piece in pieces:
+    for piece in sorted(set(pieces), key=lambda piece: piece.start):
         if run and not (
             run[-1].segment is piece.segment and run[-1].stop == piece.start and piece.stop - run[0].start <= _RUN
         ):
-            _read_run(run, found)
+            yield run
             run = []
         run.append(piece)
     if run:
-        _read_run(run, found)
-    return found
+        yield run
 
 
-def _read_run(run: list[_Piece], found: dict[tuple[int, int], bytes]) -> None:
+def _read_run(run: list[_Piece]) -> _Content:
     segment, first = run[0].segment, run[0].start
     data = os.pread(segment.data, run[-1].stop - first, first - segment.number * SEGMENT)
     view = memoryview(data)
+    good = set()
     for piece in run:
         block = view[piece.start - first : piece.stop - first]
         if len(block) == piece.stop - piece.start and (xxhash.xxh3_128_digest(block, segment.seed) == piece.checksum):
-            found[piece.start, piece.stop] = data if len(block) == len(data) else bytes(block)
+            good.add((piece.start, piece.stop))
             continue
         segment.drop(piece.start, piece.checksum)
         if os.fstat(segment.data).st_nlink:  # else another process made room
             metrics.DISK_CACHE_ERRORS.labels("damaged").inc()
+    return _Content(first, data, good)
