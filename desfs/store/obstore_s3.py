@@ -52,8 +52,8 @@ _CODE = re.compile(r"<Code>([^<]*)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _REASON = re.compile(r'(?:message|error): "([^"]+)"')
-_CERTIFICATE = re.compile(r"(?:invalid peer certificate|InvalidCertificate)[^\n\"]*")
-
+_BAD_CERTIFICATE = re.compile(r"error: InvalidCertificate\(\s*(\w+)")
+_CERTIFICATE = "Certificate"
 # What S3 says when a request went to, or was signed for, another region than the bucket's.
 _REDIRECTS = {"301", "302", "307"}
 _ELSEWHERE = {
@@ -170,7 +170,13 @@ class ObstoreS3Store(S3Store):
             if failure.status in ("200", "416") and ranged and not isinstance(options["range"], tuple):
                 raise _WholeObject from error
             if failure.status in _REDIRECTS or failure.code in _ELSEWHERE:
-                self._forget_client(store)
+                # boto3 finds out where the bucket is, with its own GET, and the next route goes there.
+                self._replace(store, None)
+                return None
+            if failure.status == _CERTIFICATE:
+                # OpenSSL takes some that rustls does not, a server's own that signed itself say: boto3 decides.
+                _log.info("%s: %s for obstore: boto3 makes the GETs", self.url, failure.reason)
+                self._replace(store, _Connected(self.keys(), None))
                 return None
             raise self._translated_failure(failure, key, what) from error
         FIRST_BYTE.observe(time.monotonic() - sent)
@@ -250,19 +256,16 @@ class ObstoreS3Store(S3Store):
         except (BaseError, OSError, ValueError) as error:
             raise StoreError(f"S3 settings: {one_line(str(error).partition(_DEBUG)[0])}") from error
 
-    def _forget_client(self, store: obstore.store.S3Store) -> None:
-        """The bucket is in another region: boto3 finds out which, with its own GET, and the next route goes there."""
+    def _replace(self, store: obstore.store.S3Store, by: _Connected | None) -> None:
         with self._lock:
             if self._connected is not None and self._connected.store is store:
-                self._connected = None
+                self._connected = by
 
     def _translated_failure(self, failure: _Failure, key: str, what: str) -> StoreError:
         if failure.refused:
             return self.refusal(int(failure.status), failure.code, failure.reason, key)
         if failure.status.isdecimal():
             return BadAnswer(f"{what}: {failure.reason}")
-        if failure.final:
-            return StoreError(f"cannot reach {self.endpoint_url}: {failure.reason}")
         return StoreUnavailable(f"cannot reach {self.endpoint_url}: {failure.reason}")
 
 
@@ -270,14 +273,13 @@ class ObstoreS3Store(S3Store):
 class _Failure:
     """What an error of obstore's says: the status, or the kind of a failure to get one, and the reason in one line.
 
-    `refused`: S3 has answered with an error, `code` is its; `final`: the next try would fail as well.
+    `refused`: S3 has answered with an error, `code` is its.
     """
 
     status: str
     reason: str
     code: str = ""
     refused: bool = False
-    final: bool = False
 
 
 def _understood(error: Exception) -> _Failure:
@@ -297,9 +299,9 @@ def _understood(error: Exception) -> _Failure:
     kind = _KIND.search(debug)
     if kind is None:
         return _Failure("206", one_line(text))
-    certificate = _CERTIFICATE.search(debug)
+    certificate = _BAD_CERTIFICATE.search(debug)
     if certificate is not None:
-        return _Failure(kind[1], one_line(certificate[0]), final=True)
+        return _Failure(_CERTIFICATE, f"{certificate[1]} certificate")
     if kind[1] == "Timeout":
         return _Failure(kind[1], "no connection in time" if "Connect" in debug else "no answer in time")
     reasons = _REASON.findall(debug)

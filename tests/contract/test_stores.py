@@ -33,7 +33,6 @@ from desfs.errors import (
 from desfs.metrics import snapshot
 from desfs.store import CopyRange, S3Options, Store, open_store
 from desfs.store.file import TEMPORARY_PREFIX, FileStore
-from desfs.store.obstore_s3 import ObstoreS3Store
 from desfs.store.retrying import Retrying
 from desfs.store.s3 import S3Store
 from tests.contract.store_contract import MIB, StoreContract, pattern
@@ -72,12 +71,6 @@ class TestS3Store(StoreContract):
     @pytest.fixture
     def make_store(self, aws: S3Server, bucket: str) -> Callable[[], Store]:
         return lambda: S3Store(bucket, "odd pre+fix/ü")
-
-
-class TestObstoreS3Store(StoreContract):
-    @pytest.fixture
-    def make_store(self, aws: S3Server, bucket: str) -> Callable[[], Store]:
-        return lambda: ObstoreS3Store(bucket, "odd pre+fix/ü")
 
 
 class TestRetryingFile(StoreContract):
