@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
+#include <stdint.h>
 #include <string.h>
 
 /* From libfuse 3.17 on fuse_session_new is a macro over a function that takes the version of its caller's headers. */
@@ -25,6 +26,7 @@ static int enabled, bound, opens_alone, lists_alone;
 static unsigned max_background;
 static struct fuse_conn_info agreed;
 static struct fuse_lowlevel_ops ours, theirs;
+static struct fuse_session *session;
 
 static void init(void *userdata, struct fuse_conn_info *conn)
 {
@@ -91,14 +93,14 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
                                       void *userdata)
 {
     new_session *real = (new_session *)dlsym(RTLD_NEXT, "fuse_session_new");
-    return real ? real(args, replaced(ops, size), size, userdata) : NULL;
+    return session = real ? real(args, replaced(ops, size), size, userdata) : NULL;
 }
 
 struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *ops,
                                                 size_t size, struct libfuse_version *version, void *userdata)
 {
     new_versioned *real = (new_versioned *)dlsym(RTLD_NEXT, "fuse_session_new_versioned");
-    return real ? real(args, replaced(ops, size), size, version, userdata) : NULL;
+    return session = real ? real(args, replaced(ops, size), size, version, userdata) : NULL;
 }
 
 static PyObject *enable(PyObject *self, PyObject *args)
@@ -107,6 +109,48 @@ static PyObject *enable(PyObject *self, PyObject *args)
         return NULL;
     enabled = 1;
     Py_RETURN_NONE;
+}
+
+/* notify_store for many files in one call that holds no lock of Python's: (data, files, pages, skip, mark). Of each file
+ * `files` has four u64: inode, offset in data, length, row; pages[row] says by a bit of `skip` that the kernel has it, and
+ * is given `mark`. One that the kernel does not know (ENOENT) gets 0. Returns stored, unknown, failed, and the last errno.
+ */
+static PyObject *store_pages(PyObject *self, PyObject *args)
+{
+    Py_buffer data, files, pages;
+    unsigned skip, mark, count[3] = {0, 0, 0};
+    int error = 0, sound = 1;
+    if (!PyArg_ParseTuple(args, "y*y*w*II", &data, &files, &pages, &skip, &mark))
+        return NULL;
+    const uint64_t(*file)[4] = files.buf;
+    Py_ssize_t n = files.len / (Py_ssize_t)sizeof(*file);
+    for (Py_ssize_t i = 0; i < n; i++)
+        sound &= file[i][3] < (uint64_t)pages.len && file[i][1] <= (uint64_t)data.len &&
+                 file[i][2] <= (uint64_t)data.len - file[i][1];
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t i = 0; session && sound && i < n; i++) {
+        volatile uint8_t *page = (uint8_t *)pages.buf + file[i][3];
+        struct fuse_bufvec bytes = FUSE_BUFVEC_INIT(file[i][2]);
+        if (*page & skip)
+            continue;
+        *page |= mark;
+        bytes.buf[0].mem = (char *)data.buf + file[i][1];
+        int result = fuse_lowlevel_notify_store(session, file[i][0], 0, &bytes, 0);
+        if (result) {
+            *page = 0;
+            error = -result;
+        }
+        count[result == 0 ? 0 : result == -ENOENT ? 1 : 2]++;
+    }
+    Py_END_ALLOW_THREADS;
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&files);
+    PyBuffer_Release(&pages);
+    if (!session || !sound) {
+        PyErr_SetString(PyExc_ValueError, session ? "a file is not inside the buffers" : "there is no session");
+        return NULL;
+    }
+    return Py_BuildValue("IIIi", count[0], count[1], count[2], error);
 }
 
 static PyObject *state(PyObject *self, PyObject *args)
@@ -118,6 +162,7 @@ static PyObject *state(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"enable", enable, METH_VARARGS, "Replace operations in the next session; max_background: requests in flight."},
+    {"store_pages", store_pages, METH_VARARGS, "Put files into the kernel's page cache."},
     {"state", state, METH_NOARGS, "What the session came to."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,5 +1,7 @@
 from typing import TypedDict
 
+from des_format.codec import Buffer
+
 class State(TypedDict):
     bound: bool
     no_open: bool
@@ -10,3 +12,6 @@ class State(TypedDict):
 
 def enable(max_background: int, /) -> None: ...
 def state() -> State: ...
+def store_pages(
+    data: Buffer, files: Buffer, pages: bytearray, skip: int, mark: int, /
+) -> tuple[int, int, int, int]: ...

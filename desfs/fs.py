@@ -44,7 +44,7 @@ from desfs.inode import (
 from desfs.levers import LEVERS
 from desfs.prefetch import Prefetcher
 from desfs.problems import Problems
-from desfs.push import Pusher
+from desfs.push import Batch, Pushed, Pusher
 from desfs.settings import MountSettings
 from desfs.store.base import Store
 from desfs.tree import DayTree, Page
@@ -106,9 +106,8 @@ class KernelCache(Protocol):
         """The listing of a directory may be out of date, whatever its attributes are."""
         ...
 
-    def store_pages(self, slot: int, row: int, payload: memoryview) -> None:
-        """Keep the whole content of a file; called in a thread of its own, and may wait for a pending read. Raises:
-        OSError, ENOENT when the kernel does not know the inode."""
+    def store_pages(self, batch: Batch) -> Pushed:
+        """Keep the whole content of files; called in a thread of its own, and may wait for a pending read."""
         ...
 
 

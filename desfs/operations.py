@@ -18,7 +18,9 @@ from des_format.errors import DesFormatError
 from desfs import metrics
 from desfs.errors import DesfsError, ReadOnlyMount, errno_of
 from desfs.fs import Attributes, FileSystem
-from desfs.inode import ROOT, InodeNumber, file_inode
+from desfs.inode import ROOT, InodeNumber
+from desfs.levers import LEVERS
+from desfs.push import ASKED, PUSHED, Batch, Pushed
 from desfs.settings import MountSettings
 
 log = structlog.get_logger(__name__)
@@ -213,8 +215,28 @@ class KernelNotifier:
     def forget_entry(self, parent: InodeNumber, name: bytes) -> None:
         pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), ignore_enoent=True)
 
-    def store_pages(self, slot: int, row: int, payload: memoryview) -> None:
-        pyfuse3.notify_store(pyfuse3.InodeT(file_inode(slot, row)), 0, payload)  # type: ignore[arg-type] # any buffer
+    def store_pages(self, batch: Batch) -> Pushed:
+        at_once = LEVERS.store_pages(batch.data, batch.files, batch.pages, PUSHED | ASKED, PUSHED)
+        if at_once is not None:
+            return Pushed(*at_once)
+        stored = unknown = failed = last = 0
+        data = memoryview(batch.data)
+        for inode, offset, length, row in batch.files.tolist():
+            if batch.pages[row] & (PUSHED | ASKED):
+                continue
+            batch.pages[row] |= PUSHED
+            try:
+                payload: Any = data[offset : offset + length]  # it takes any buffer
+                pyfuse3.notify_store(pyfuse3.InodeT(inode), 0, payload)
+                stored += 1
+            except OSError as error:
+                batch.pages[row] = 0
+                last = error.errno or errno.EIO
+                if last == errno.ENOENT:
+                    unknown += 1
+                else:
+                    failed += 1
+        return Pushed(stored, unknown, failed, last)
 
     def forget_attributes(self, inode: InodeNumber) -> None:
         self._forget(inode, attr_only=True)

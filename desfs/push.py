@@ -6,34 +6,56 @@ not fit into the queue, or belongs to an inode that the kernel does not know, is
 
 from __future__ import annotations
 
-import errno
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
 from desfs import metrics
 from desfs.fetch import OpenContainer, Piece
+from desfs.inode import file_inode
 
 log = structlog.get_logger(__name__)
 
 _QUEUE = 64 * 1024 * 1024  # bytes of pieces that may wait
+_BATCH = 256  # files in one call: about 2 ms, after which the thread sees that it has to stop
 
 # What we know of the kernel and a row: bits of OpenContainer.pages.
 LISTED = 1  # it has been told of the inode
 PUSHED = 2
 ASKED = 4  # it has asked for the payload by itself
 
-# slot, row, the whole payload; raises OSError: ENOENT for an inode that the kernel does not know
-StorePages = Callable[[int, int, memoryview], None]
+
+class Batch(NamedTuple):
+    """Files to put into the page cache. `files` u64[n, 4]: inode, offset in `data`, length, row; `pages` as in
+    OpenContainer: what has been ASKED for or PUSHED is left out, the others become PUSHED, or 0 if that fails."""
+
+    data: bytes | memoryview
+    files: npt.NDArray[np.uint64]
+    pages: bytearray
+
+
+class Pushed(NamedTuple):
+    """What came of a batch: files stored, files whose inode the kernel does not know, files refused, the last errno."""
+
+    stored: int
+    unknown: int
+    failed: int
+    errno: int
+
+
+StorePages = Callable[[Batch], Pushed]
 
 
 class Pusher:
     """The thread and its queue. `push` may be called from any thread."""
 
     def __init__(self, store_pages: StorePages) -> None:
-        """`store_pages` is given slot, row and payload."""
         self._store_pages = store_pages
         self._queue: deque[tuple[OpenContainer, Piece, list[int]]] = deque()
         self._queued = 0
@@ -72,28 +94,25 @@ class Pusher:
                     return
                 container, piece, rows = self._queue.popleft()
                 self._queued -= len(piece.data)
-            self._push_rows(container, piece, rows)
+            try:
+                self._push_rows(container, piece, rows)
+            except Exception:  # the mount goes on without what was to be pushed
+                log.exception("unexpected error in a push")
 
     def _push_rows(self, container: OpenContainer, piece: Piece, rows: list[int]) -> None:
-        index, pages, data = container.loaded.index, container.pages, memoryview(piece.data)
-        offsets = (index.data_offset[rows] - piece.start).tolist()
-        lengths = index.data_length[rows].tolist()
-        done = unknown = failed = 0
-        for row, offset, length in zip(rows, offsets, lengths, strict=True):
-            if pages[row] & (PUSHED | ASKED) or self._stopping:
-                continue  # the reader was faster
-            pages[row] |= PUSHED
-            try:
-                self._store_pages(container.slot, row, data[offset : offset + length])
-                done += 1
-            except OSError as error:
-                pages[row] = 0
-                if error.errno == errno.ENOENT:
-                    unknown += 1
-                    continue
-                failed += 1
-                if failed == 1:
-                    log.warning("the kernel did not take pages", error=str(error))
-        metrics.PAGES_PUSHED.labels("stored").inc(done)
-        metrics.PAGES_PUSHED.labels("unknown").inc(unknown)
-        metrics.PAGES_PUSHED.labels("failed").inc(failed)
+        index = container.loaded.index
+        for first in range(0, len(rows), _BATCH):
+            if self._stopping:
+                return
+            some = np.array(rows[first : first + _BATCH], np.uint64)
+            files = np.empty((len(some), 4), np.uint64)
+            files[:, 0] = some + np.uint64(file_inode(container.slot, 0))
+            files[:, 1] = index.data_offset[some] - np.uint64(piece.start)
+            files[:, 2] = index.data_length[some]
+            files[:, 3] = some
+            result = self._store_pages(Batch(piece.data, files, container.pages))
+            metrics.PAGES_PUSHED.labels("stored").inc(result.stored)
+            metrics.PAGES_PUSHED.labels("unknown").inc(result.unknown)
+            metrics.PAGES_PUSHED.labels("failed").inc(result.failed)
+            if result.failed:
+                log.warning("the kernel did not take pages", files=result.failed, error=os.strerror(result.errno))
