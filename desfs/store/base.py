@@ -35,7 +35,8 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Bytes of one version of an object: `data`, which version (`etag`), and the whole object's `size`.
+    """Bytes of one version of an object: `data`, which version (`etag`), and the whole object's `size`. `body_s` is how
+    long the bytes took after the headers, None where nobody knows.
 
     A memoryview keeps no more memory than its own bytes, and nobody changes it.
     """
@@ -43,6 +44,7 @@ class Answer:
     data: bytes | memoryview
     etag: str
     size: int
+    body_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

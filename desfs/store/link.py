@@ -16,10 +16,10 @@ from desfs.store.base import Answer, CopyRange, Listing, Store
 _LATENCY_S = 0.02
 _BANDWIDTH = 100e6
 
-_SMALL = 256 * 1024  # bytes: an answer up to this size tells the latency
+_SMALL = 256 * 1024  # bytes: an answer up to this size tells the latency, where nobody knows when its headers came
 _ENOUGH = 512 * 1024  # bytes: what came together tells the bandwidth from this size on
 _PERIOD_S = 0.1  # how long one measurement of the bandwidth lasts at most
-_KEPT = 16  # latencies: the least of the last ones is what the way takes when nothing is in it
+_KEPT = 64  # latencies: the least of the last ones is what the way takes when nothing is in it
 
 
 class Link(NamedTuple):
@@ -53,9 +53,9 @@ class LinkMeter:
         return min(self._latencies, default=_LATENCY_S)
 
     @contextmanager
-    def request(self) -> Iterator[list[int]]:
-        """Around a GET; its length has to be appended to the list. One that fails is not measured."""
-        answered: list[int] = []
+    def request(self) -> Iterator[list[Answer]]:
+        """Around a GET; its answer has to be appended to the list. One that fails is not measured."""
+        answered: list[Answer] = []
         started = time.monotonic()
         with self._lock:
             if not self._running:
@@ -70,16 +70,20 @@ class LinkMeter:
                 if answered:
                     self._take(started, ended, answered[0])
 
-    def _take(self, started: float, ended: float, size: int) -> None:
-        if size <= _SMALL:
+    def _take(self, started: float, ended: float, answer: Answer) -> None:
+        size = len(answer.data)
+        if answer.body_s is not None:
+            self._latencies.append(max(ended - started - answer.body_s, 0.0))
+        elif size <= _SMALL:
             self._latencies.append(ended - started)
         elif not self._latencies:
-            self._latencies.append(max(ended - started - size / _BANDWIDTH, 0.0) or (ended - started) / 2)
+            self._latencies.append(max(ended - started - size / _BANDWIDTH, (ended - started) / 2))
         self._bytes += size
         lasted = ended - self._began_s
         if self._bytes < _ENOUGH or (self._running and lasted < _PERIOD_S):
             return
-        seen = self._bytes / max(lasted - self._latency(), lasted / 10, 1e-4)
+        # A clock that is a little off must not make a short measurement a large one.
+        seen = self._bytes / max(lasted - self._latency(), lasted / 4, 1e-4)
         self._bandwidth = seen if self._bandwidth is None else (self._bandwidth + seen) / 2
         self._began_s, self._bytes = ended, 0
 
@@ -101,13 +105,13 @@ class Measured:
     def get_range(self, key: str, start: int, stop: int, *, if_match: str | None = None) -> Answer:
         with self._meter.request() as answered:
             answer = self._store.get_range(key, start, stop, if_match=if_match)
-            answered.append(len(answer.data))
+            answered.append(answer)
         return answer
 
     def get_tail(self, key: str, length: int) -> Answer:
         with self._meter.request() as answered:
             answer = self._store.get_tail(key, length)
-            answered.append(len(answer.data))
+            answered.append(answer)
         return answer
 
     def put(self, key: str, source: bytes | Path, *, if_absent: bool = True) -> str:

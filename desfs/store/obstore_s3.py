@@ -185,6 +185,7 @@ class ObstoreS3Store(S3Store):
 
     def _answer(self, result: GetResult, etag: str, length: int, what: str) -> Answer:
         """Exactly `length` bytes of body. Waits without the GIL."""
+        headers_at = time.monotonic()
         try:
             data = result.bytes()
         except (BaseError, OSError, ValueError) as error:
@@ -194,7 +195,9 @@ class ObstoreS3Store(S3Store):
         if len(data) != length:
             raise BadAnswer(f"{what}, got a body of {len(data)} bytes instead of {length}")
         STORE_BYTES.labels("received").inc(length)
-        return Answer(memoryview(data) if length >= VIEW_FROM else data.to_bytes(), etag, result.meta["size"])
+        body_s = time.monotonic() - headers_at
+        data_or_view = memoryview(data) if length >= VIEW_FROM else data.to_bytes()
+        return Answer(data_or_view, etag, result.meta["size"], body_s)
 
     def _client_now(self) -> obstore.store.S3Store | None:
         connected = self._connected
