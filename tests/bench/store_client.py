@@ -44,7 +44,7 @@ def measure_store_client() -> list[Figure]:
                     for name, store in stores.items():
                         runs[name].append(_measure(store, etag, length, count, threads))
                 for name, measured in runs.items():
-                    label = f"{name}, {what}, {threads} threads"
+                    label = f"{name}, {what}, {threads} thread{'s' * (threads > 1)}"
                     cpu_s, rate = (median(values) for values in zip(*measured, strict=True))
                     figures.append(Figure(f"{label}: CPU a GET", cpu_s * 1e6, "µs"))
                     figures.append(Figure(f"{label}: GETs", rate, "/s"))
