@@ -17,6 +17,7 @@ from des_format.codec import Buffer
 from des_format.errors import CorruptEntry
 from des_format.index import BAD_META, Index
 from des_format.layout import EXTERNAL
+from des_format.packed_meta import decode_packed
 
 NO_TIME = np.iinfo(np.int64).min
 NO_MODE = 0xFFFF
@@ -106,6 +107,7 @@ class MetaColumns:
         rows = rows[: self._affordable(offsets[rows], lengths[rows], len(view))]
         self.damaged |= inside
         self.damaged[rows] = False
+        rows = self._take_packed(index, rows, view, start)
         mtimes, modes, crcs = array("q"), array("H"), array("q")
         decoded: tuple[int, int] | None = None
         keys: _Keys | None = None
@@ -160,6 +162,20 @@ class MetaColumns:
         found = np.frombuffer(crcs, np.int64)
         self.has_crc32c[rows] = found >= 0
         self.crc32c[rows] = found.astype(np.uint32)
+
+    def _take_packed(
+        self, index: Index, rows: npt.NDArray[np.int64], view: memoryview, start: int
+    ) -> npt.NDArray[np.int64]:
+        """Decode the rows that have the packer's own form; those that have not."""
+        starts = index.meta_offset[rows].astype(np.int64) - start
+        packed = decode_packed(np.frombuffer(view, np.uint8), starts, starts + index.meta_length[rows])
+        right = packed.size == index.data_length[rows[packed.places]].astype(np.int64)
+        done = rows[packed.places[right]]
+        self.mtime_ns[done] = packed.mtime_ns[right]
+        self.mode[done] = packed.mode[right] & _PERMISSIONS
+        self.crc32c[done] = packed.crc32c[right]
+        self.has_crc32c[done] = True
+        return np.delete(rows, packed.places[right])
 
     def _take_external(self, row: int, size: int, external: _External) -> None:
         if external.key is not None:

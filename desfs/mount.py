@@ -12,6 +12,7 @@ import pyfuse3
 import structlog
 import trio
 
+from desfs import memory
 from desfs.errors import DesfsError, StoreUnavailable
 from desfs.fetch import first_of
 from desfs.fs import FileSystem
@@ -53,6 +54,7 @@ def serve(source: str, mountpoint: str, settings: MountSettings, ready: Callable
     After a crash the mount stays in place, dead (ENOTCONN): an empty directory in its stead would look like a store
     without files. Raises: StoreError, MountFailed, DesfsError: nothing was mounted, or the mount is dead.
     """
+    memory.limit_arenas()
     trio.run(_serve, source, mountpoint, settings, ready)
 
 

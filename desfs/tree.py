@@ -6,7 +6,6 @@ and everything above them follows by bisection. So a name with two thousand leve
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
@@ -62,18 +61,16 @@ class Folders:
 
     def __init__(self, index: Index) -> None:
         shown = index.shown()
+        names = index.columns()["names"]
         group_of: dict[bytes, int] = {}
         grouped = np.empty(len(shown), np.uint32)
         for first in range(0, len(shown), _ROWS_AT_A_TIME):
             piece = shown[first : first + _ROWS_AT_A_TIME]
-            groups = array("I")
-            last, group = None, 0
-            for name in index.names_of(piece):
-                folder = name[: max(name.rfind(b"/"), 0)]
-                if folder != last:  # neighbours mostly share it
-                    last, group = folder, group_of.setdefault(folder, len(group_of))
-                groups.append(group)
-            grouped[first : first + len(piece)] = groups
+            starts = index.name_offset[piece].astype(np.int64)
+            lengths, heads = _runs(names, starts, index.name_offset[piece + 1].astype(np.int64))
+            places = zip(starts[heads].tolist(), (starts + lengths)[heads].tolist(), strict=True)
+            groups = [group_of.setdefault(names[low:high].tobytes(), len(group_of)) for low, high in places]
+            grouped[first : first + len(piece)] = np.repeat(groups, np.diff(np.append(heads, len(piece))))
         self._group_of = group_of
         self._starts = np.zeros(len(group_of) + 1, np.int64)
         np.cumsum(np.bincount(grouped, minlength=len(group_of)), out=self._starts[1:])
@@ -117,6 +114,28 @@ class Folders:
         if count is not None:
             stop = min(stop, start + count)
         return self._rows[start:stop] if len(self._rows) else np.arange(start, stop, dtype=np.uint32)
+
+
+def _runs(
+    names: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """How long the folder is that each of some ascending names begins with, and where another one begins than that of
+    the name before."""
+    low, high = int(starts[0]), int(stops[-1])
+    piece = np.append(names[low:high], np.zeros(8, np.uint8))
+    starts, stops = starts - low, stops - low
+    slashes = np.append(-1, np.flatnonzero(piece == ord("/")))
+    lengths = np.maximum(slashes[np.searchsorted(slashes, stops) - 1] - starts, 0)
+    differs = np.append(True, lengths[1:] != lengths[:-1])
+    # Eight bytes at a time, of those folders that are as long as the one before and equal so far.
+    words = np.ndarray((len(piece) - 7,), "<u8", piece.data, strides=(1,))
+    rows, done = np.flatnonzero(~differs & (lengths > 0)), 0
+    while len(rows):
+        beyond = np.maximum(done + 8 - lengths[rows], 0).astype(np.uint64) * np.uint64(8)
+        differs[rows] = (words[starts[rows] + done] ^ words[starts[rows - 1] + done]) << beyond != 0
+        done += 8
+        rows = rows[~differs[rows] & (lengths[rows] > done)]
+    return lengths, np.flatnonzero(differs)
 
 
 @dataclass(eq=False, slots=True)

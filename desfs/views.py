@@ -30,7 +30,7 @@ from des_format.shards import (
     is_day,
     parse_container_name,
 )
-from desfs import metrics
+from desfs import memory, metrics
 from desfs.changes import changed_folders, changed_paths
 from desfs.container import LoadedContainer, load_container
 from desfs.errors import DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
@@ -48,6 +48,8 @@ _RETIRED_S = 3600.0  # how long a container that left its day can still be read 
 _OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
 _OPEN_DAY_S = 2 * 86400.0
 _EMPTY_S = 60.0  # how long a folder of the root that is no day, and holds no containers, is not looked at again
+_OPENED_AT_A_TIME = 16  # containers: each costs some 3 MB while its index is parsed
+_LARGE_DAY = 100_000  # entries: what opening it leaves behind is worth the milliseconds of giving it back
 _ATTEMPTS = 3  # to open what a listing named: a container may be replaced between the two
 
 
@@ -181,6 +183,8 @@ class DayView:
                 if self._complete is None:
                     await self._open_listed(lambda candidate: True)
                     complete = await self._build(self._open.values())
+                    if sum(member.index.rows for member in complete.members) >= _LARGE_DAY:
+                        await trio.to_thread.run_sync(memory.give_back)
                     groups, self._groups, self._complete = list(self._groups.values()), {}, complete
                     self._report_collisions(complete)
                     if groups:  # what one index alone has answered may look otherwise among all
@@ -310,7 +314,8 @@ class DayView:
     async def _open_one(self, candidate: Candidate, changed: list[str]) -> None:
         info = candidate.info
         try:
-            loaded = await self._views.threads.run(self._views.load_container, self._views.threads.store, info)
+            async with self._views.opening:
+                loaded = await self._views.threads.run(self._views.load_container, self._views.threads.store, info)
         except NotAContainer as error:
             self._refused[info.key] = info.etag
             self._views.problems.clear(info.key)  # of the version before
@@ -440,6 +445,7 @@ class Views:
         """`on_change` is told of every change of what a day has shown; `load` opens a container, in a thread."""
         self.on_change = on_change
         self.load_container = load
+        self.opening = trio.CapacityLimiter(_OPENED_AT_A_TIME)
         self.threads = threads
         self.problems = problems
         self.strict = strict

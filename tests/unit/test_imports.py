@@ -23,6 +23,7 @@ PURE = frozenset(
         "des_format/codec.py",
         "des_format/blocks.py",
         "des_format/index.py",
+        "des_format/packed_meta.py",
         "des_format/plan.py",
         "desfs/changes.py",
         "desfs/tree.py",
