@@ -14,6 +14,7 @@ from rich.table import Table
 from tests.bench import Figure
 from tests.bench.index import measure_index
 from tests.bench.mount import CAP_S, FILES, Options, measure_mount
+from tests.bench.soak import measure_soak
 from tests.bench.store_client import measure_store_client
 
 
@@ -32,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--sessions", type=_words, default=frozenset(), help="only these, with commas between them")
     mount.add_argument("--systems", type=_words, default=frozenset(), help="only these, with commas between them")
     mount.add_argument("--output", type=Path, help="a directory for table.md, plot.svg and results.json")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="how long `soak` reads; it runs only when named [30]"
+    )
     mount.add_argument("--folder", type=Path, help="where to work: a directory on a disk [/var/tmp]")
     return parser
 
@@ -52,6 +56,7 @@ def main(arguments: list[str]) -> int:
         "index": measure_index,
         "store_client": measure_store_client,
         "mount": lambda: measure_mount(options),
+        "soak": lambda: measure_soak(parsed.minutes, parsed.folder),
     }
     unknown = [name for name in parsed.names if name not in benchmarks]
     if unknown:
@@ -63,7 +68,7 @@ def main(arguments: list[str]) -> int:
     table.add_column("")
     missed = False
     try:
-        for name in parsed.names or benchmarks:
+        for name in parsed.names or (each for each in benchmarks if each != "soak"):
             for figure in benchmarks[name]():
                 bar = "" if figure.bar is None else f"{'≥' if figure.at_least else '≤'} {_number(figure.bar)}"
                 verdict = "" if figure.bar is None else "ok" if figure.holds else "MISSED"
