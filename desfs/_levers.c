@@ -70,12 +70,19 @@ static void list_directory(fuse_req_t req, fuse_ino_t ino, size_t size, off_t of
     theirs.readdirplus(req, ino, size, off, fi);
 }
 
+static void write_file(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *data, off_t off, struct fuse_file_info *fi)
+{
+    fi->fh = ino;
+    theirs.write_buf(req, ino, data, off, fi);
+}
+
 static const struct fuse_lowlevel_ops *replaced(const struct fuse_lowlevel_ops *ops, size_t size)
 {
     if (ops == &ours) /* libfuse's one function called by its other */
         return ops;
     bound = 1;
-    if (!enabled || size > sizeof(ours) || !ops->open || !ops->opendir || !ops->read || !ops->readdirplus)
+    if (!enabled || size > sizeof(ours) || !ops->open || !ops->opendir || !ops->read || !ops->readdirplus ||
+        !ops->write_buf)
         return ops;
     memset(&theirs, 0, sizeof(theirs));
     memcpy(&theirs, ops, size);
@@ -85,7 +92,7 @@ static const struct fuse_lowlevel_ops *replaced(const struct fuse_lowlevel_ops *
     ours.opendir = open_directory;
     ours.read = read_file;
     ours.readdirplus = list_directory;
-    ours.flush = NULL; /* ENOSYS: there is nothing to write back when a file is closed */
+    ours.write_buf = write_file;
     return &ours;
 }
 

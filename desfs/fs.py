@@ -106,6 +106,10 @@ class KernelCache(Protocol):
         """The listing of a directory may be out of date, whatever its attributes are."""
         ...
 
+    def forget_pages(self, inode: InodeNumber) -> None:
+        """The kernel's pages of a file are not what the file has."""
+        ...
+
     def store_pages(self, batch: Batch) -> Pushed:
         """Keep the whole content of files; called in a thread of its own, and may wait for a pending read."""
         ...
@@ -268,6 +272,11 @@ class FileSystem:
         container, row = self._file(inode)
         return list(await self._current(container, self._xattrs.of(container, row)))
 
+    def forget_pages(self, inode: InodeNumber) -> None:
+        """Let the kernel ask for a file's bytes again."""
+        if self._kernel is not None:
+            self._kernel.forget_pages(inode)
+
     def totals(self) -> tuple[int, int]:
         """(bytes, files) of the containers that are open: what statfs shows."""
         size = files = 0
@@ -421,7 +430,9 @@ class FileSystem:
         if self._kernel is None:
             return
         for folder in (b"", *changes.folders):
-            self._kernel.forget_attributes(self._directory_inode(changes.day, folder))
+            inode = self._directory_inode(changes.day, folder)
+            if inode in self._directories:
+                self._kernel.forget_attributes(inode)
         for path in changes.paths:
             folder, _, name = path.rpartition(b"/")
             self._kernel.forget_entry(self._directory_inode(changes.day, folder), name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -52,6 +53,9 @@ def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Cal
                     log.warning("request failed", operation=operation, error=str(error))
                 _count(operation, code)
                 raise pyfuse3.FUSEError(code) from error
+            except pyfuse3.FUSEError as error:
+                _count(operation, error.errno)
+                raise
             except Exception:
                 log.exception("unexpected error", operation=operation)
                 _count(operation, errno.EIO)
@@ -106,6 +110,13 @@ class Operations(pyfuse3.Operations):
         # A memoryview of cached bytes does as well: pyfuse3 takes any buffer.
         return await self._fs.read(fh, off, size)  # type: ignore[return-value]
 
+    @reply("write")
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> NoReturn:
+        # Comes only after somebody has remounted for writing. A kernel that opens by itself then lets a program change
+        # pages through a shared mapping, and keeps them when they cannot be written: they have to go.
+        self._fs.forget_pages(InodeNumber(fh))
+        raise ReadOnlyMount("write")
+
     @reply("readdir")
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         if start_id < _DOTS:
@@ -135,8 +146,9 @@ class Operations(pyfuse3.Operations):
         """Nothing was kept for the handle."""
 
     @reply("flush")
-    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        """Nothing was written."""
+    async def flush(self, fh: pyfuse3.FileHandleT) -> NoReturn:
+        # Nothing was written, ever: after ENOSYS the kernel does not ask again when a file is closed.
+        raise pyfuse3.FUSEError(errno.ENOSYS)
 
     @reply("fsync")
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
@@ -204,7 +216,6 @@ for _operation in (
     "setxattr",
     "symlink",
     "unlink",
-    "write",
 ):
     setattr(Operations, _operation, _read_only(_operation))
 
@@ -243,6 +254,10 @@ class KernelNotifier:
 
     def forget_listing(self, inode: InodeNumber) -> None:
         self._forget(inode, attr_only=False)
+
+    def forget_pages(self, inode: InodeNumber) -> None:
+        # It waits for the answers to pending requests, so it must not be in the way of them.
+        threading.Thread(target=self._forget, args=(inode,), kwargs={"attr_only": False}, daemon=True).start()
 
     def _forget(self, inode: InodeNumber, *, attr_only: bool) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import subprocess
@@ -21,6 +22,8 @@ PROGRAM = Path(sys.executable).parent / "desfs"
 # Nothing here takes a fraction of it; a machine that is busy with other things may.
 PATIENCE_S = 60.0
 KINDS = ("file", "s3")
+# Kinds of stores, and whether the kernel opens files by itself (`levers=`).
+WAYS = (("file", "auto"), ("file", "off"), ("s3", "auto"))
 
 
 def desfs(
@@ -111,3 +114,45 @@ def outcome(call: Callable[[], object]) -> str:
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, str(error))
     return "no error"
+
+
+class Dirent(ctypes.Structure):
+    _fields_ = (
+        ("d_ino", ctypes.c_uint64),
+        ("d_off", ctypes.c_int64),
+        ("d_reclen", ctypes.c_ushort),
+        ("d_type", ctypes.c_ubyte),
+        ("d_name", ctypes.c_char * 256),
+    )
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.opendir.restype = ctypes.c_void_p
+LIBC.readdir.restype = ctypes.POINTER(Dirent)
+LIBC.telldir.restype = ctypes.c_long
+LIBC.readdir.argtypes = LIBC.telldir.argtypes = LIBC.closedir.argtypes = LIBC.rewinddir.argtypes = [ctypes.c_void_p]
+LIBC.seekdir.argtypes = [ctypes.c_void_p, ctypes.c_long]
+
+
+class Directory:
+    """libc's directory stream."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = LIBC.opendir(os.fsencode(path))
+        assert self._stream, path
+
+    def read(self) -> tuple[str, int] | None:
+        entry = LIBC.readdir(self._stream)
+        return (entry.contents.d_name.decode(), int(entry.contents.d_ino)) if entry else None
+
+    def tell(self) -> int:
+        return int(LIBC.telldir(self._stream))
+
+    def seek(self, position: int) -> None:
+        LIBC.seekdir(self._stream, position)
+
+    def rewind(self) -> None:
+        LIBC.rewinddir(self._stream)
+
+    def close(self) -> None:
+        LIBC.closedir(self._stream)

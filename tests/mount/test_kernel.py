@@ -23,7 +23,7 @@ import pytest
 from des_format import DesWriter
 from desfs.settings import MountSettings
 from tests.fakes.counting_proxy import CountingProxy
-from tests.mount.mounting import KINDS, mount, mounted, outcome, run, source_of
+from tests.mount.mounting import LIBC, WAYS, Directory, mount, mounted, outcome, run, source_of
 from tests.mount.stores import meta_of, put_container
 from tests.servers import S3Server, mount_point
 
@@ -66,11 +66,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=WAYS, ids="-".join)
 def at(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    kind, levers = request.param
     with (
-        source_of(request.param, store, request) as source,
-        mounted(source.url, tmp_path_factory.mktemp("kernel") / "mnt", env=source.env) as where,
+        source_of(kind, store, request) as source,
+        mounted(source.url, tmp_path_factory.mktemp("kernel") / "mnt", f"levers={levers}", env=source.env) as where,
     ):
         yield Mount(where)
 
@@ -192,8 +193,9 @@ def test_every_mutating_call_answers_erofs(at: Mount, call: Callable[[Path], obj
 
 
 def test_a_mount_that_is_remounted_for_writing_still_answers_erofs(store: Path, tmp_path: Path) -> None:
-    """The kernel refuses by itself on a mount that is `ro`; whoever remounts it otherwise hears the same from us."""
-    with mounted(store, tmp_path / "mnt") as where:
+    """The kernel refuses by itself on a mount that is `ro`; whoever remounts it otherwise hears the same from us. (How
+    it is when the kernel opens files by itself: test_levers.py.)"""
+    with mounted(store, tmp_path / "mnt", "levers=off") as where:
         subprocess.run(["mount", "-i", "-o", "remount,rw", where], check=True, timeout=30)
         calls = {name: call for name, call in MUTATIONS.items() if name not in ("temporary-file", "mknod-device")}
         assert {name: outcome(partial(call, where / DAY)) for name, call in calls.items()} == dict.fromkeys(
@@ -216,48 +218,6 @@ def test_access_says_what_can_be_done(here: Mount) -> None:
 
 
 # --- directories -------------------------------------------------------------------------------------------------
-
-
-class Dirent(ctypes.Structure):
-    _fields_ = (
-        ("d_ino", ctypes.c_uint64),
-        ("d_off", ctypes.c_int64),
-        ("d_reclen", ctypes.c_ushort),
-        ("d_type", ctypes.c_ubyte),
-        ("d_name", ctypes.c_char * 256),
-    )
-
-
-LIBC = ctypes.CDLL(None, use_errno=True)
-LIBC.opendir.restype = ctypes.c_void_p
-LIBC.readdir.restype = ctypes.POINTER(Dirent)
-LIBC.telldir.restype = ctypes.c_long
-LIBC.readdir.argtypes = LIBC.telldir.argtypes = LIBC.closedir.argtypes = LIBC.rewinddir.argtypes = [ctypes.c_void_p]
-LIBC.seekdir.argtypes = [ctypes.c_void_p, ctypes.c_long]
-
-
-class Directory:
-    """libc's directory stream."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = LIBC.opendir(os.fsencode(path))
-        assert self._stream, path
-
-    def read(self) -> tuple[str, int] | None:
-        entry = LIBC.readdir(self._stream)
-        return (entry.contents.d_name.decode(), int(entry.contents.d_ino)) if entry else None
-
-    def tell(self) -> int:
-        return int(LIBC.telldir(self._stream))
-
-    def seek(self, position: int) -> None:
-        LIBC.seekdir(self._stream, position)
-
-    def rewind(self) -> None:
-        LIBC.rewinddir(self._stream)
-
-    def close(self) -> None:
-        LIBC.closedir(self._stream)
 
 
 def test_twenty_thousand_names_are_listed_once_each(at: Mount) -> None:

@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 
-from tests.mount.mounting import KINDS, mounted, run, source_of
+from tests.mount.mounting import WAYS, mounted, run, source_of
 from tests.mount.stores import pack_tree, source_tree
 
 pytestmark = pytest.mark.fuse
@@ -26,13 +26,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return source_tree(tmp_path_factory.mktemp("source") / "tree")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=WAYS, ids="-".join)
 def day(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     base = tmp_path_factory.mktemp("tools")
     pack_tree(source, base / "store", DAY)
+    kind, levers = request.param
     with (
-        source_of(request.param, base / "store", request) as store,
-        mounted(store.url, base / "mnt", env=store.env) as mount,
+        source_of(kind, base / "store", request) as store,
+        mounted(store.url, base / "mnt", f"levers={levers}", env=store.env) as mount,
     ):
         yield mount / DAY
 
