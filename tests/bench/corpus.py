@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from des_format.shards import is_day
+from tests.bench.machine import clean_environ
 from tests.servers import S3Server
 
 DESFS = Path(sys.executable).with_name("desfs")
@@ -82,7 +82,7 @@ def pack(spool: Path, server: S3Server, url: str, endpoint_url: str, *options: s
     began = time.perf_counter()
     done = subprocess.run(
         command,
-        env=os.environ | server.environ(endpoint_url=endpoint_url),
+        env=clean_environ() | server.environ(endpoint_url=endpoint_url),
         capture_output=True,
         text=True,
         timeout=_PACK_S,

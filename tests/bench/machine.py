@@ -22,6 +22,11 @@ class TooSlow(Exception):
     """A command did not end within its time."""
 
 
+def clean_environ() -> dict[str, str]:
+    """This process's variables without the user's own AWS settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+
+
 def drop_caches() -> None:
     """Forget every page, dentry and inode that the kernel can: what was dirty is written first. Needs root."""
     os.sync()

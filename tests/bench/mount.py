@@ -1,9 +1,9 @@
 """The mount against the floor, the local disk and the other programs: the same files, the same S3 server 20 ms away.
 
-    python -m tests.bench mount --quick                        desfs, floor and local disk: two minutes
-    python -m tests.bench mount --quick --sessions tar,cp      some sessions: ready ls tar cp random all pack
-    python -m tests.bench mount --systems desfs,s3fs           some systems, with all that is measured of them
-    python -m tests.bench mount --output DIR                   everything; DIR gets table.md, plot.svg and results.json
+    python -m tests.bench mount --quick                      desfs, floor and local disk: two minutes
+    python -m tests.bench mount --quick --sessions tar,cp    of ready ls tar cp random all pack external large million
+    python -m tests.bench mount --systems desfs,s3fs         of desfs, desfs levers=off, desfs cache_dir, and the peers
+    python -m tests.bench mount --output DIR                 everything; DIR gets table.md, plot.svg and results.json
 
 Needs root, and a machine that does nothing else. Every figure is a median; what is cold has a fresh mount, and the
 kernel's caches dropped before it, but for the server's data and the programs, which everybody finds warm. The floor of
@@ -24,10 +24,12 @@ from statistics import median
 
 from rich.console import Console
 
-from tests.bench import Figure
+from tests import servers
+from tests.bench import Figure, peers
 from tests.bench import workloads as names
 from tests.bench.acceptance import verdicts
 from tests.bench.corpus import Corpus, fill_spool, pack
+from tests.bench.large import EXTERNAL_NAME, LARGE_FILES, External, Large, make_external, measure_million
 from tests.bench.machine import describe_machine, fstype_of, timed
 from tests.bench.report import Results, Row, plot
 from tests.bench.systems import Desfs, LocalDisk, has_option
@@ -37,6 +39,8 @@ from tests.bench.world import DELAY_S, NotMeasurable, Store, World, open_world
 FILES = 10_000
 ROUND_TRIPS = 4
 CAP_S = 300.0
+SMALL_SESSIONS = ("ready", "ls", "tar", "cp", "random", "all")
+LARGE_SESSIONS = ("external", "large", "million")
 PLOTTED = (
     *(names.LS_COLD, names.TAR_COLD, names.CP_COLD, names.TAR_WARM, names.CP_WARM),
     *(names.RANDOM_1, names.RANDOM_16, names.ALL_32, names.EXTERNAL, names.TAR_LARGE),
@@ -51,16 +55,17 @@ class Options:
     runs: int = 3
     cap_s: float = CAP_S
     files: int = FILES
+    large_files: int = LARGE_FILES
     sessions: frozenset[str] = frozenset()
     systems: frozenset[str] = frozenset()
     output: Path | None = None
     folder: Path | None = None
 
     def wants_session(self, name: str) -> bool:
-        return not self.sessions or name in self.sessions
+        return name in self.sessions if self.sessions else not self.quick or name not in LARGE_SESSIONS
 
     def wants_system(self, name: str) -> bool:
-        return not self.systems or name in self.systems
+        return name in self.systems if self.systems else not self.quick or name.startswith("desfs")
 
 
 def measure_mount(options: Options) -> list[Figure]:
@@ -108,17 +113,97 @@ def _measure(world: World, options: Options, results: Results) -> list[Figure]:
             bench.measure(system, corpus)
     if options.wants_session("pack"):
         _measure_packing(world, options, results, corpus)
+    external, large = _measure_large(bench, options)
+    small = any(map(options.wants_session, SMALL_SESSIONS))
+    _measure_peers(bench, options, corpus if small else None, external, large)
     return verdicts(results, corpus, store)
+
+
+def _measure_large(bench: Bench, options: Options) -> tuple[External | None, Large | None]:
+    """What is larger than the corpus, by desfs; the peers read the same."""
+    world = bench.world
+    external = large = None
+    if options.wants_session("external"):
+        with bench.guard("1 GiB"):
+            external = External(bench, make_external(world))
+            external.measure_local()
+            if options.wants_system("desfs"):
+                external.measure_desfs()
+    if options.wants_session("large"):
+        with bench.guard("100,000 files"):
+            large = Large(bench, world.corpus(options.large_files))
+            if options.wants_system("desfs"):
+                large.measure_desfs()
+    if options.wants_session("million") and options.wants_system("desfs"):
+        with bench.guard("1,000,000 files"):
+            measure_million(bench, cached=has_option("cache_dir"))
+    return external, large
+
+
+def _measure_peers(
+    bench: Bench, options: Options, corpus: Corpus | None, external: External | None, large: Large | None
+) -> None:
+    """The other programs. None for a corpus that is not to be read."""
+    wanted = [name for name in peers.NAMES if options.wants_system(name)]
+    if not wanted:
+        return
+    world = bench.world
+    bench.note(peers.versions())
+    for name in [name for name in wanted if not peers.is_installed(name)]:
+        bench.note(f"{name} is not installed: make bench installs it")
+        wanted.remove(name)
+    bucket = world.server.new_bucket("peers")
+    if "ratarmount" in wanted:
+        with bench.guard("ratarmount"):
+            _measure_ratarmount(bench, bucket, corpus, large)
+    if "JuiceFS" in wanted:
+        with bench.guard("JuiceFS"), servers.redis_server(world.work) as redis:
+            volume = peers.JuiceFS(world, world.server.new_bucket("juicefs"), redis)
+            if corpus is not None:
+                volume.load(corpus.root, "tree")
+                bench.measure(volume, corpus, is_peer=True)
+            if external is not None:
+                volume.load(external.corpus.root, "external")
+                volume.tree = "external"
+                external.measure(volume)
+    if "rclone" in wanted or "s3fs" in wanted:
+        with bench.guard("objects for rclone and s3fs"):
+            if corpus is not None:
+                world.say("putting an object for each file")
+                peers.load_objects(world, corpus, bucket)
+            if external is not None:
+                peers.put_file(world, bucket, f"external/{EXTERNAL_NAME}", external.corpus.root / EXTERNAL_NAME)
+    if "rclone" in wanted:
+        if corpus is not None:
+            bench.measure(peers.Rclone(world, bucket), corpus, is_peer=True)
+        if external is not None:
+            external.measure(peers.Rclone(world, bucket, "external", peers.RCLONE_STREAMING))
+    if "s3fs" in wanted:
+        if corpus is not None:
+            bench.measure(peers.S3fs(world, bucket), corpus, is_peer=True)
+        if external is not None:
+            external.measure(peers.S3fs(world, bucket, "external"))
+
+
+def _measure_ratarmount(bench: Bench, bucket: str, corpus: Corpus | None, large: Large | None) -> None:
+    if corpus is not None:
+        archive = peers.Ratarmount(bench.world, bucket, "corpus.tar", "tree")
+        archive.load(corpus)
+        bench.measure(archive, corpus, is_peer=True)
+    if large is not None:
+        archive = peers.Ratarmount(bench.world, bucket, "large.tar", "tree")
+        archive.load(large.corpus)
+        large.measure(archive)
 
 
 def _variants(world: World, store: Store) -> list[Desfs]:
     """desfs as it comes, without its C extension, and with a disk cache that an earlier mount has filled."""
     found = [Desfs(store.url, world.env, store.tree)]
     if has_option("levers"):
-        found.append(Desfs(store.url, world.env, store.tree, "desfs, no levers", ("levers=off",)))
+        found.append(Desfs(store.url, world.env, store.tree, "desfs levers=off", ("levers=off",)))
     if has_option("cache_dir"):
         cache = world.work / "cache"
-        found.append(Desfs(store.url, world.env, store.tree, "desfs, disk cache", (f"cache_dir={cache}",), cache))
+        found.append(Desfs(store.url, world.env, store.tree, "desfs cache_dir", (f"cache_dir={cache}",), cache))
     return found
 
 

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -152,6 +153,9 @@ class _Connection:
         self._upstream = _Stream(upstream)
         self._delay_s = delay_s
         self._counter = counter
+        self._poll = select.poll()
+        self._poll.register(client, select.POLLIN)
+        self._poll.register(upstream, select.POLLIN)
         self._pipe = os.pipe()
         fcntl.fcntl(self._pipe[0], _F_SETPIPE_SZ, PIPE)
 
@@ -167,6 +171,8 @@ class _Connection:
 
     def _exchange(self) -> bool:
         """Forward a request and its answer; whether the connection goes on."""
+        if not self._client.ahead and self._upstream.socket.fileno() in dict(self._poll.poll()):
+            return False  # the server has closed an idle connection: no request may go there
         head = self._client.head()
         method, target = head.split(b" ", 2)[:2]
         headers = _headers(head)

@@ -38,7 +38,7 @@ class RawClient:
         """All objects below a prefix."""
         client = server.client(endpoint_url=f"http://{HOST}:{self.port}")
         found = []
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for page in server.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for each in page.get("Contents", ()):
                 url = client.generate_presigned_url(
                     "get_object", Params={"Bucket": bucket, "Key": each["Key"]}, ExpiresIn=SIGNED_S

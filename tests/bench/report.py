@@ -39,6 +39,7 @@ class Row:
     requests: int | None = None
     received: int | None = None
     rss: int | None = None
+    container_gets: int = 0
     fuse: dict[str, int] = field(default_factory=dict)
     is_peer: bool = False
     one_object: bool = False

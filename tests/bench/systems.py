@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -16,7 +15,7 @@ from typing import Protocol
 from desfs.settings import MountSettings
 from tests import servers
 from tests.bench.corpus import DESFS
-from tests.bench.machine import family, peak_rss, timed
+from tests.bench.machine import clean_environ, family, peak_rss, timed
 
 START_S = 120.0
 
@@ -99,7 +98,7 @@ class Desfs:
             began = time.perf_counter()
             done = subprocess.run(
                 [DESFS, "mount", self.url, where, *(word for option in self.options for word in ("-o", option))],
-                env=os.environ | self.env,
+                env=clean_environ() | dict(self.env),
                 capture_output=True,
                 text=True,
                 timeout=START_S,
