@@ -104,7 +104,8 @@ class _Text:
     def _length(self, start: Offsets, stop: Offsets, limit: int) -> npt.NDArray[np.int64]:
         length = stop - start
         self.ok &= (length >= 1) & (length <= limit)
-        return np.clip(length, 1, limit)
+        clipped: npt.NDArray[np.int64] = np.clip(length, 1, limit)
+        return clipped
 
     def _eight_digits(self, word: U64) -> npt.NDArray[np.int64]:
         """The value of eight digits in memory order."""

@@ -45,7 +45,8 @@ def packed(metas: list[bytes]) -> list[int]:
     """Which of them have the packer's form."""
     stops = np.cumsum([len(meta) for meta in metas])
     raw = np.frombuffer(b"".join(metas), np.uint8)
-    return decode_packed(raw, stops - [len(meta) for meta in metas], stops).places.tolist()
+    places: list[int] = decode_packed(raw, stops - [len(meta) for meta in metas], stops).places.tolist()
+    return places
 
 
 TIMES = st.one_of(
