@@ -198,7 +198,9 @@ class Index:
         """The names of some rows, in their order."""
         starts, stops = self.name_offset[rows].tolist(), self.name_offset[rows + 1].tolist()
         names = self._names
-        return [bytes(names[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+        if isinstance(names, memoryview):
+            return [bytes(names[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+        return [names[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
     def find(self, name: bytes) -> int | None:
         """The row that decides about `name`: its last one, a tombstone included; None when there is none."""

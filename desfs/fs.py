@@ -228,6 +228,8 @@ class FileSystem:
             return self._pages([(place, name, self._control_attributes(file)) for place, (name, file) in files])
         day, path = self._directory(inode)
         tree = await day.load()
+        if not tree.is_ready(path):
+            await trio.to_thread.run_sync(tree.prepare, path)
         for slot, rows in tree.listed(path, self._listed.get(inode, 0), after):
             self.prefetcher.listed(self.views.slots[slot], rows)
         self._listed[inode] = after

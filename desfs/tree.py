@@ -25,6 +25,7 @@ _ROWS_AT_A_TIME = 4096  # that a loop over names has in memory
 # The kernel takes some 180 entries at a time (32 KiB of READDIRPLUS), and asks anew behind them: more in one page would
 # be computed twice, fewer would not be worth the dozen array operations of a page.
 _PAGE = 128
+_MANY_FOLDERS = 10_000  # of a day: going through them takes some 20 ms
 _LISTINGS_KEPT = 64  # directories whose listing is kept between the kernel's READDIRs
 
 
@@ -34,6 +35,10 @@ class SortedFolders:
     def __init__(self, paths: Iterable[bytes]) -> None:
         # NUL sorts before every byte of a name and stands in none: a folder's subtree is one run behind it.
         self._keys = sorted(path.replace(b"/", b"\0") for path in paths)
+
+    def __len__(self) -> int:
+        """Folders that files stand in directly."""
+        return len(self._keys)
 
     def __contains__(self, path: bytes) -> bool:
         if not path:
@@ -308,6 +313,14 @@ class DayTree:
             shares.append(Share(member, rows[own], place_of[own]))
         kept = np.flatnonzero(shown).tolist()
         return Page([cookies[place] for place in kept], [names[place] for place in kept], shares)
+
+    def is_ready(self, path: bytes) -> bool:
+        """False when the first page of a directory may take a while to compute: `prepare` does that, in any thread."""
+        return path in self._listings or len(self._folders) < _MANY_FOLDERS
+
+    def prepare(self, path: bytes) -> None:
+        """Compute what `pages` needs of a directory."""
+        self._segments(path)
 
     def _segments(self, path: bytes) -> list[_Segment]:
         segments = self._listings.get(path)
