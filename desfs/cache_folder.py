@@ -86,13 +86,15 @@ class CacheFolder:
         self._clock = clock
         self._lock = threading.Lock()
         self._counted = threading.Event()
+        self._due = False
         self._worker: threading.Thread | None = None
         self._used = 0  # what the last look found, and what was written since
         self._written = 0  # since the last look
         self._shrink = False
-        self._wanted = 0  # bytes that the disk had no room for
+        self._wanted = 0  # bytes that there was no room for
         self._fault: str | None = None
         self._off_until = {"read": 0.0, "write": 0.0}
+        self._said = False  # somebody was told of the fault
         self._warned_at: float | None = None
         refused = take_into_use(self.path)
         if refused is not None:
@@ -135,9 +137,9 @@ class CacheFolder:
             if admitted:
                 self._used += size
                 self._written += size
-            elif missing > 0:
-                self._wanted = size
-        if due or missing > 0:
+            elif size <= self.max_bytes:
+                self._wanted = max(self._wanted, size)
+        if due or not admitted:
             self._wake()
         return admitted
 
@@ -146,8 +148,8 @@ class CacheFolder:
         if self._fault is None:
             return
         with self._lock:
-            fault, self._fault = self._fault, None
-        if fault is not None:
+            said, self._said, self._fault = self._said, False, None
+        if said:
             log.info("the disk cache is in use again", folder=self.path)
             if self._problems is not None:
                 self._problems.clear(self._about)
@@ -177,9 +179,19 @@ class CacheFolder:
 
     def _wake(self) -> None:
         with self._lock:
-            if self._worker is None or not self._worker.is_alive():
-                self._worker = threading.Thread(target=self._tidy, name="desfs-cache", daemon=True)
+            self._due = True
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="desfs-cache", daemon=True)
                 self._worker.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._due:
+                    self._worker = None
+                    return
+                self._due = False
+            self._tidy()
 
     def _tidy(self) -> None:
         try:
@@ -189,7 +201,9 @@ class CacheFolder:
                 wanted, self._wanted = self._wanted, 0
             units = sorted(self._units())
             used = sum(unit.size for unit in units)
-            target = self.max_bytes * _LOW if used > self.max_bytes * _HIGH else used
+            target: float = used
+            if used + wanted > self.max_bytes * _HIGH:
+                target = min(target, self.max_bytes * _LOW - wanted)
             if shrink:
                 target = min(target, used * _SHRINK)
             missing = self._missing_on_disk(wanted)
@@ -245,7 +259,7 @@ class CacheFolder:
             try:
                 # Others may have a segment open, and its space would stay taken as long. An index is memory-mapped:
                 # who reads it behind its end dies of SIGBUS, so that is never cut.
-                if path.endswith(".data"):
+                if path.endswith((".data", ".rec")):
                     os.truncate(path, 0)
                 os.unlink(path)
             except FileNotFoundError:
@@ -273,6 +287,7 @@ class CacheFolder:
             if known or (self._warned_at is not None and now - self._warned_at < _WARN_S):
                 return
             self._warned_at = now
+            self._said = True
         if self._problems is not None:
             self._problems.report(self._about, f"off: {fault}")
         else:

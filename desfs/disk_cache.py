@@ -47,6 +47,7 @@ _TOUCH_S = 60.0  # how exactly the time of last use is kept
 _HITS = metrics.DISK_CACHE_REQUESTS.labels("block", "hit")
 _MISSES = metrics.DISK_CACHE_REQUESTS.labels("block", "miss")
 _READ = metrics.DISK_CACHE_BYTES.labels("block", "read")
+_DAMAGED = metrics.DISK_CACHE_ERRORS.labels("damaged")
 _WRITTEN = metrics.DISK_CACHE_BYTES.labels("block", "written")
 
 
@@ -68,11 +69,10 @@ class _Piece(NamedTuple):
 
 
 class _Segment:
-    """An open pair of files and what its records say; `damaged` are the starts of blocks that were found to be wrong,
-    and whose records may come up again. `lock` is for these three; the descriptors are closed when the last thread that
-    uses the object lets go of it."""
+    """An open pair of files and what its records say. `lock` is for `blocks` and `parsed`; the descriptors are closed
+    when the last thread that uses the object lets go of it."""
 
-    __slots__ = ("blocks", "damaged", "data", "lock", "number", "parsed", "records", "seed", "touched_at", "writable")
+    __slots__ = ("blocks", "data", "lock", "number", "parsed", "records", "seed", "touched_at", "writable")
 
     def __init__(self, data: int, records: int, number: int, seed: int, writable: bool) -> None:
         self.data = data
@@ -82,7 +82,6 @@ class _Segment:
         self.writable = writable
         self.lock = threading.Lock()
         self.blocks: dict[int, tuple[int, bytes]] = {}  # start -> stop, checksum
-        self.damaged: set[int] = set()
         self.parsed = 0  # bytes of the records' file
         self.touched_at = -_TOUCH_S
 
@@ -96,6 +95,8 @@ class _Segment:
         if not status.st_nlink or not os.fstat(self.data).st_nlink:
             return False
         with self.lock:
+            if status.st_size < self.parsed:
+                self.parsed = 0  # somebody has cut it
             size = (min(status.st_size, _MAX_RECORDS) - self.parsed) // _RECORD.size * _RECORD.size
             if size > 0:
                 raw = os.pread(self.records, size, self.parsed)
@@ -107,7 +108,6 @@ class _Segment:
     def drop(self, start: int, checksum: bytes) -> None:
         """Forget a block that does not match its checksum."""
         with self.lock:
-            self.damaged.add(start)
             if self.blocks.get(start, (0, b""))[1] == checksum:
                 del self.blocks[start]
 
@@ -115,7 +115,6 @@ class _Segment:
         """Note blocks that were written and recorded."""
         with self.lock:
             self.blocks.update(blocks)
-            self.damaged.difference_update(blocks)
 
     def append(self, records: bytes) -> None:
         """Append records, behind what a full disk may have left of one."""
@@ -150,7 +149,8 @@ class DiskCache:
         found: list[bytes | None] = [None] * len(bounds)
         if self.folder.readable():
             try:
-                self._read(version, bounds, found)
+                if self._read(version, bounds, found):
+                    self._read(version, bounds, found)
             except OSError as error:
                 self.folder.failed("read", error)
         hits = [block for block in found if block is not None]
@@ -183,9 +183,13 @@ class DiskCache:
 
     # --- reading ---
 
-    def _read(self, version: ObjectVersion, bounds: Sequence[tuple[int, int]], found: list[bytes | None]) -> None:
+    def _read(self, version: ObjectVersion, bounds: Sequence[tuple[int, int]], found: list[bytes | None]) -> bool:
+        """Look for what has not been found; True when that showed that a segment was removed: it may be there anew."""
         current: dict[int, _Segment | None] = {}  # the segments that were looked at, with all their records
-        chains = [self._chain(version, start, stop, current) for start, stop in bounds]
+        chains = [
+            self._chain(version, start, stop, current) if block is None else []
+            for (start, stop), block in zip(bounds, found, strict=True)
+        ]
         runs = list(_runs(piece for chain in chains for piece in chain))
         contents = [_read_run(run) for run in runs]
         run_of = {piece[1:3]: number for number, run in enumerate(runs) for piece in run}
@@ -197,6 +201,10 @@ class DiskCache:
                 share = list(pieces)
                 parts.append(contents[number].cut(share[0].start, share[-1].stop))
             found[place] = parts[0] if len(parts) == 1 else b"".join(parts)
+        removed = {run[0].segment for run, content in zip(runs, contents, strict=True) if content.removed}
+        for segment in removed:
+            self._forget(version, segment)
+        return bool(removed)
 
     def _chain(
         self, version: ObjectVersion, start: int, stop: int, current: dict[int, _Segment | None]
@@ -236,16 +244,12 @@ class DiskCache:
         for block in blocks:
             start, stop, data = block
             checksum = xxhash.xxh3_128_digest(data, segment.seed)
-            if segment.blocks.get(start) == (stop, checksum) and start not in segment.damaged:
-                continue
             if run and (run[-1][1] != start or len(run) == _BLOCKS_AT_A_TIME):
                 _write_run(segment, run)
                 run = []
             run.append(block)
             records.append(_build_record(start, stop, checksum, segment.seed))
             fresh[start] = (stop, checksum)
-        if not run:
-            return
         _write_run(segment, run)
         segment.append(b"".join(records))
         segment.add(fresh)
@@ -350,11 +354,13 @@ def _write_all(written: int, wanted: int) -> None:
 
 
 class _Content(NamedTuple):
-    """The bytes of a run, and the bounds of those of its blocks that match their checksums."""
+    """The bytes of a run, and the bounds of those of its blocks that match their checksums; `removed` when others do
+    not because another process has made room."""
 
     start: int
     data: bytes
     good: set[tuple[int, int]]
+    removed: bool
 
     def cut(self, start: int, stop: int) -> bytes:
         return self.data[start - self.start : stop - self.start]
@@ -385,6 +391,7 @@ def _read_run(run: list[_Piece]) -> _Content:
             good.add((piece.start, piece.stop))
             continue
         segment.drop(piece.start, piece.checksum)
-        if os.fstat(segment.data).st_nlink:  # else another process made room
-            metrics.DISK_CACHE_ERRORS.labels("damaged").inc()
-    return _Content(first, data, good)
+    removed = len(good) < len(run) and not os.fstat(segment.data).st_nlink
+    if not removed:
+        _DAMAGED.inc(len(run) - len(good))
+    return _Content(first, data, good, removed)

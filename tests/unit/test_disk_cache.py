@@ -127,6 +127,7 @@ def test_more_segments_than_are_kept_open(folder: Path) -> None:
 
 def test_threads_share_a_cache(folder: Path) -> None:
     cache = DiskCache(folder, 2 * MB)
+    errors = [counted(what) for what in ("read", "write", "damaged")]
     wrong: list[object] = []
 
     def work(seed: int) -> None:
@@ -146,7 +147,7 @@ def test_threads_share_a_cache(folder: Path) -> None:
         thread.join()
     cache.folder.wait_idle()
     assert not wrong
-    assert (counted("read"), counted("write")) == (0, 0)
+    assert [counted(what) for what in ("read", "write")] == errors[:2]
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
