@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tests.bench import Figure
 from tests.bench.index import measure_index
+from tests.bench.large import LARGE_FILES
 from tests.bench.mount import CAP_S, FILES, Options, measure_mount
 from tests.bench.soak import measure_soak
 from tests.bench.store_client import measure_store_client
@@ -30,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--runs", type=int, default=3, help="repetitions, of which the median counts [3]")
     mount.add_argument("--cap", type=float, default=CAP_S, help="seconds after which a command is stopped [300]")
     mount.add_argument("--files", type=int, default=FILES, help="files of the corpus [10000]")
+    mount.add_argument("--large-files", type=int, default=LARGE_FILES, help="files of the larger one [100000]")
     mount.add_argument("--sessions", type=_words, default=frozenset(), help="only these, with commas between them")
     mount.add_argument("--systems", type=_words, default=frozenset(), help="only these, with commas between them")
     mount.add_argument("--output", type=Path, help="a directory for table.md, plot.svg and results.json")
@@ -47,6 +49,7 @@ def main(arguments: list[str]) -> int:
         runs=parsed.runs,
         cap_s=parsed.cap,
         files=parsed.files,
+        large_files=parsed.large_files,
         sessions=parsed.sessions,
         systems=parsed.systems,
         output=parsed.output,
