@@ -20,7 +20,7 @@ import trio
 from des_format.errors import CorruptEntry, DesFormatError
 from des_format.plan import DEFAULT_MAX_GAP, plan_gets
 from desfs import metrics
-from desfs.blocks import Blocks
+from desfs.blocks import BLOCK, Blocks
 from desfs.container import LoadedContainer
 from desfs.disk_cache import DiskCache, ObjectVersion
 from desfs.errors import DeadlineExceeded, DesfsError
@@ -42,13 +42,15 @@ AHEAD = 16
 _META = -1  # in the place of a block: META, by its first byte
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class OpenContainer:
     """A container with a slot. `externals` has the ETag of each external object that has been read; `verified` the
-    CRC-32C of each unit of the large payloads that matched their checksum as a whole, by row."""
+    CRC-32C of each unit of the large payloads that matched their checksum as a whole, by row. `number` is of no other:
+    a slot may be given away again, and what caches hold of the last one there must not be taken for its successor's."""
 
     loaded: LoadedContainer
     slot: int
+    number: int = field(default_factory=itertools.count().__next__)
     externals: dict[int, str] = field(default_factory=dict)
     verified: dict[int, list[int]] = field(default_factory=dict)
     _blocks: Blocks | None = None
@@ -110,22 +112,24 @@ class StoreThreads:
 @dataclass(eq=False, slots=True)
 class Piece:
     """Verified bytes [start, start + len(data)) of a container or of an object beside it: blocks [first, last) of a
-    slot and `kind`. `bad` are the rows in it that did not match their checksum."""
+    container (its number) and `kind`. `bad` are the rows in it that did not match their checksum; `version` is the ETag
+    of an object beside it."""
 
-    slot: int
+    container: int
     kind: int
     first: int
     last: int
     start: int
     data: bytes | memoryview
     bad: frozenset[int] = frozenset()
+    version: str | None = None
 
     def places(self) -> Iterable[_Key]:
         """The keys of what is in it."""
-        return ((self.slot, self.kind, place) for place in range(self.first, self.last))
+        return ((self.container, self.kind, place) for place in range(self.first, self.last))
 
 
-# slot; SMALL, a row for a large payload, or _META; block, unit of the payload, or first byte
+# number of the container; SMALL, a row for a large payload, or _META; block, unit of the payload, or first byte
 _Key = tuple[int, int, int]
 SMALL = -2
 
@@ -137,7 +141,7 @@ class PieceCache:
         self._max_bytes = max_bytes
         self._pieces: OrderedDict[int, Piece] = OrderedDict()  # by id()
         self._holders: dict[_Key, Piece] = {}
-        self._of_slot: dict[int, int] = {}
+        self._of_container: dict[int, int] = {}
         self.bytes = 0
 
     def __len__(self) -> int:
@@ -153,9 +157,14 @@ class PieceCache:
             self._pieces.move_to_end(id(piece))
         return piece
 
-    def bytes_of(self, slot: int) -> int:
+    def bytes_of(self, container: int) -> int:
         """Bytes held of the small payloads of a container."""
-        return self._of_slot.get(slot, 0)
+        return self._of_container.get(container, 0)
+
+    def resize(self, max_bytes: int) -> None:
+        """Hold so much at most from now on."""
+        self._max_bytes = max_bytes
+        self._make_room()
 
     def put(self, piece: Piece) -> None:
         """Keep a piece; older ones make room. One that is larger than the whole cache is not kept."""
@@ -166,23 +175,26 @@ class PieceCache:
             self._holders[key] = piece  # of two pieces with a block the newer one
         self._pieces[id(piece)] = piece
         self._count(piece, size)
+        self._make_room()
+
+    def drop(self, container: int, kind: int) -> None:
+        """Forget all pieces of a kind of a container."""
+        # Not by the keys that there could be: a container may claim 2^40 units for a payload.
+        for piece in [each for each in self._pieces.values() if (each.container, each.kind) == (container, kind)]:
+            del self._pieces[id(piece)]
+            self._forget(piece)
+
+    def _make_room(self) -> None:
         while self.bytes > self._max_bytes:
             _, oldest = self._pieces.popitem(last=False)
             self._forget(oldest)
 
-    def drop(self, key: _Key) -> None:
-        """Forget the piece with that block, if there is one."""
-        piece = self._holders.get(key)
-        if piece is not None:
-            del self._pieces[id(piece)]
-            self._forget(piece)
-
     def _count(self, piece: Piece, size: int) -> None:
         self.bytes += size
         if piece.kind == SMALL:
-            held = self._of_slot.pop(piece.slot, 0) + size
+            held = self._of_container.pop(piece.container, 0) + size
             if held:
-                self._of_slot[piece.slot] = held
+                self._of_container[piece.container] = held
 
     def _forget(self, piece: Piece) -> None:
         self._count(piece, -len(piece.data))
@@ -192,16 +204,19 @@ class PieceCache:
 
 
 class Flight:
-    """One fetch under way, and who waits for it. `wanted` fetches start at once, the others when there is room."""
+    """One fetch under way, or waiting for its turn. `wanted`: somebody waits for it; `ahead`: it started when nobody
+    did; `size` is the most that it holds in memory."""
 
-    __slots__ = ("bring", "done", "error", "go", "keys", "piece", "running")
+    __slots__ = ("ahead", "bring", "done", "error", "go", "keys", "piece", "size", "wanted")
 
-    def __init__(self, keys: list[_Key], bring: Callable[[], Awaitable[Piece]]) -> None:
+    def __init__(self, keys: list[_Key], size: int, bring: Callable[[], Awaitable[Piece]]) -> None:
         self.keys = keys
+        self.size = size
         self.bring = bring
         self.go = trio.Event()
         self.done = trio.Event()
-        self.running = False
+        self.wanted = False
+        self.ahead = False
         self.piece: Piece | None = None
         self.error: Exception | None = None
 
@@ -212,6 +227,9 @@ class Fetcher:
     Invariant: a key is in `_flights` exactly from the call that starts its fetch until the piece is in the cache, or
     has failed. There is no await between finding no key and inserting it: keep it so. Fetches run in tasks of their
     own: a reader that is cancelled leaves them to the others.
+
+    Memory: what is being fetched and what is kept have `cache_bytes` together, the cache gives way. Fetches ahead take
+    a quarter, with those that somebody waits for it is a half; one alone may be of any size.
     """
 
     def __init__(
@@ -223,17 +241,21 @@ class Fetcher:
         max_gap: int = DEFAULT_MAX_GAP,
         disk: DiskCache | None = None,
     ) -> None:
-        # What is being fetched counts as well: a quarter is for that.
-        self.cache = PieceCache(cache_bytes - cache_bytes // 4)
+        self.cache = PieceCache(cache_bytes)
+        self.bytes_in_flight = 0
+        self._memory = cache_bytes
+        self._room_ahead = max(cache_bytes // 4, PIECE)
+        # A piece has to leave room for others.
+        self._piece_bytes = min(PIECE, max(cache_bytes // 8, BLOCK))
         self._max_gap = max_gap
         self.threads = threads
         self.problems = problems
         self.disk = disk
         # Told of every piece of small payloads that has come.
         self.on_piece: Callable[[OpenContainer, Piece], None] = lambda container, piece: None
-        self._ahead_limit = max(min(AHEAD, cache_bytes // 4 // PIECE), 1)
         self._ahead_running = 0
-        self._waiting: deque[Flight] = deque()
+        self._waiting: deque[Flight] = deque()  # some of them are wanted meanwhile, and have started
+        self._wanted: deque[Flight] = deque()
         self._flights: dict[_Key, Flight] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -250,13 +272,13 @@ class Fetcher:
 
     def has(self, container: OpenContainer, block: int) -> bool:
         """Whether a block of small payloads is in memory."""
-        return (container.slot, SMALL, block) in self.cache
+        return (container.number, SMALL, block) in self.cache
 
     def held(self, container: OpenContainer, first: int, last: int) -> list[Piece]:
         """The pieces in memory that have blocks of [first, last), each once."""
         found: dict[int, Piece] = {}
         for block in range(first, last):
-            piece = self.cache.get((container.slot, SMALL, block))
+            piece = self.cache.get((container.number, SMALL, block))
             if piece is not None:
                 found[id(piece)] = piece
         return list(found.values())
@@ -267,7 +289,9 @@ class Fetcher:
         for wanted, run in itertools.groupby(range(first, last), lambda block: self._is_missing(container, block)):
             if wanted:
                 places = list(run)
-                for low, high in container.blocks.pieces(places[0], places[-1] + 1, limit=PIECE, max_gap=self._max_gap):
+                for low, high in container.blocks.pieces(
+                    places[0], places[-1] + 1, limit=self._piece_bytes, max_gap=self._max_gap
+                ):
                     self._start_blocks(container, low, high)
                     start, stop = container.blocks.extent(low, high)
                     asked += stop - start
@@ -281,25 +305,26 @@ class Fetcher:
         index = container.loaded.index
         offset, length = int(index.data_offset[row]), int(index.data_length[row])
         block = container.blocks.of(offset)
-        key = (container.slot, SMALL, block)
+        key = (container.number, SMALL, block)
         piece = await self.piece(key, lambda: self._start_blocks(container, block, block + 1))
         if row in piece.bad:
             return await self._once_more(container, row, offset, length)
         return memoryview(piece.data)[offset - piece.start : offset - piece.start + length]
 
     def _is_missing(self, container: OpenContainer, block: int) -> bool:
-        key = (container.slot, SMALL, block)
+        key = (container.number, SMALL, block)
         return key not in self._flights and key not in self.cache
 
     def _start_blocks(self, container: OpenContainer, first: int, last: int) -> Flight:
-        keys = [(container.slot, SMALL, block) for block in range(first, last)]
+        keys = [(container.number, SMALL, block) for block in range(first, last)]
+        start, stop = container.blocks.extent(first, last)
 
         async def bring() -> Piece:
             piece = await self.threads.fetch(_bring_blocks, self.threads.store, self.disk, container, first, last)
             self.on_piece(container, piece)
             return piece
 
-        return self.start(keys, bring)
+        return self.start(keys, stop - start, bring)
 
     async def _once_more(self, container: OpenContainer, row: int, offset: int, length: int) -> memoryview:
         """A payload that did not match its checksum: it may be the way's fault, not the store's."""
@@ -324,7 +349,7 @@ class Fetcher:
         found = []
         for begin in range(first, stop, window):
             end = min(begin + window, footer.meta_start + footer.meta_length)
-            piece = await self.piece((container.slot, _META, begin), partial(self._start_meta, container, begin, end))
+            piece = await self.piece((container.number, _META, begin), partial(self._start_meta, container, begin, end))
             found.append(bytes(piece.data[max(start - begin, 0) : stop - begin]))
         return b"".join(found)
 
@@ -332,9 +357,9 @@ class Fetcher:
         async def bring() -> Piece:
             info = container.info
             answer = await self.threads.fetch(self.threads.store.get_range, info.key, begin, end, if_match=info.etag)
-            return Piece(container.slot, _META, begin, begin + 1, begin, answer.data)
+            return Piece(container.number, _META, begin, begin + 1, begin, answer.data)
 
-        return self.start([(container.slot, _META, begin)], bring)
+        return self.start([(container.number, _META, begin)], end - begin, bring)
 
     # --- flights -------------------------------------------------------------------------------------------------
 
@@ -347,7 +372,7 @@ class Fetcher:
         if piece is not None:
             return piece
         flight = self._flights.get(key) or start()
-        flight.go.set()  # somebody waits: no queue any more
+        self._want(flight)
         await self.threads.wait(flight.done)
         if flight.error is not None:
             raise flight.error
@@ -358,21 +383,32 @@ class Fetcher:
         """Whether a block is being fetched."""
         return key in self._flights
 
-    def start(self, keys: list[_Key], bring: Callable[[], Awaitable[Piece]]) -> Flight:
-        """Begin a fetch of keys that are neither in the cache nor under way. It waits for its turn until somebody
-        waits for it."""
-        assert self._nursery is not None, "the fetcher is not running"
-        flight = Flight(keys, bring)
+    def start(self, keys: list[_Key], size: int, bring: Callable[[], Awaitable[Piece]]) -> Flight:
+        """Begin a fetch, of at most `size` bytes, of keys that are neither in the cache nor under way. It waits for its
+        turn. Raises: DeadlineExceeded when the fetcher does not run."""
+        if self._nursery is None:
+            raise DeadlineExceeded("nothing is fetched: the mount has not begun, or is ending")
+        flight = Flight(keys, size, bring)
         for key in keys:
             self._flights[key] = flight
         self._nursery.start_soon(self._fly, flight)
         return flight
 
+    def _want(self, flight: Flight) -> None:
+        """Somebody waits for a flight: it goes before those that nobody waits for."""
+        if not flight.wanted:
+            flight.wanted = True
+            if not flight.go.is_set():
+                self._wanted.append(flight)
+                self._next_turns()
+
     async def _fly(self, flight: Flight) -> None:
         try:
-            await self._wait_turn(flight)
+            if not flight.wanted:
+                self._waiting.append(flight)
+                self._next_turns()
+            await flight.go.wait()
             flight.piece = await flight.bring()
-            self.cache.put(flight.piece)
         except Exception as error:  # those who wait raise it; nobody may wait, and nothing of the mount ends with it
             if not isinstance(error, DesfsError | DesFormatError):
                 log.exception("unexpected error in a fetch")
@@ -382,26 +418,37 @@ class Fetcher:
                 del self._flights[key]
             if flight.error is None and flight.piece is None:  # cancelled: the mount ends
                 flight.error = DeadlineExceeded("the mount is ending")
+            if flight.go.is_set():
+                self._ahead_running -= flight.ahead
+                self._count(-flight.size)
+            if flight.piece is not None:
+                self.cache.put(flight.piece)
             flight.done.set()
-            if flight.running:
-                self._ahead_running -= 1
-                self._next_turn()
+            self._next_turns()
 
-    async def _wait_turn(self, flight: Flight) -> None:
-        """What nobody waits for yet keeps to a number of fetches at a time."""
-        if flight.go.is_set():
-            return
-        self._waiting.append(flight)
-        self._next_turn()
-        await flight.go.wait()
-
-    def _next_turn(self) -> None:
-        while self._waiting and self._ahead_running < self._ahead_limit:
-            flight = self._waiting.popleft()
-            if not flight.go.is_set():
+    def _next_turns(self) -> None:
+        while self._wanted and self._has_room(self._wanted[0], 2 * self._room_ahead):
+            self._begin(self._wanted.popleft())
+        while self._waiting and not self._wanted:
+            flight = self._waiting[0]
+            if not flight.wanted:
+                if self._ahead_running >= AHEAD or not self._has_room(flight, self._room_ahead):
+                    return
+                flight.ahead = True
                 self._ahead_running += 1
-                flight.running = True
-                flight.go.set()
+                self._begin(flight)
+            self._waiting.popleft()
+
+    def _has_room(self, flight: Flight, limit: int) -> bool:
+        return not self.bytes_in_flight or self.bytes_in_flight + flight.size <= limit
+
+    def _begin(self, flight: Flight) -> None:
+        self._count(flight.size)
+        flight.go.set()
+
+    def _count(self, size: int) -> None:
+        self.bytes_in_flight += size
+        self.cache.resize(max(self._memory - self.bytes_in_flight, 0))
 
 
 def _bring_blocks(store: Store, disk: DiskCache | None, container: OpenContainer, first: int, last: int) -> Piece:
@@ -413,7 +460,7 @@ def _bring_blocks(store: Store, disk: DiskCache | None, container: OpenContainer
     if disk is None:
         data = store.get_range(info.key, start, stop, if_match=info.etag).data
         bad = _bad_rows(container, first, last, start, data)
-        return Piece(container.slot, SMALL, first, last, start, data, bad)
+        return Piece(container.number, SMALL, first, last, start, data, bad)
     version = ObjectVersion(store.url, info.key, info.etag)
     found = disk.get_many(version, bounds)
     missing = [bound for bound, block in zip(bounds, found, strict=True) if block is None]
@@ -431,7 +478,7 @@ def _bring_blocks(store: Store, disk: DiskCache | None, container: OpenContainer
     if missing and not bad:
         view = memoryview(data)
         disk.put(version, [(low, high, view[low - start : high - start]) for low, high in missing])
-    return Piece(container.slot, SMALL, first, last, start, data, bad)
+    return Piece(container.number, SMALL, first, last, start, data, bad)
 
 
 def _bad_rows(container: OpenContainer, first: int, last: int, start: int, data: bytes | memoryview) -> frozenset[int]:

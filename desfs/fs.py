@@ -167,6 +167,7 @@ class FileSystem:
             self._kernel.forget_attributes(ROOT)
         elif self._kernel is not None and self.views.may_show_more():
             self._kernel.forget_listing(ROOT)  # only who lists the root looks into its folders
+        self.prefetcher.keep_days(day.name for day in self.views.known_days())
         now = trio.current_time()
         for day in self.views.known_days():
             # Half an interval of grace: a day listed just after the last round is not left for one more.

@@ -3,11 +3,15 @@
 They are read in units, ahead of a reader who walks forward. META of an external object may have the checksum of each of
 its blocks: a unit is verified by itself then. Where it has a checksum of the whole alone, all of it is read once before
 anybody sees a byte, and the CRC-32C of each unit is noted for the time when it is fetched again.
+
+An external object may be replaced at any time: every unit in memory knows its version, and a read gives those of the
+version alone that the container has pinned.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +26,7 @@ from desfs.blocks import LARGE_PAYLOAD
 from desfs.container import read_external
 from desfs.disk_cache import ObjectVersion
 from desfs.errors import ObjectReplaced
-from desfs.fetch import PIECE, Fetcher, Flight, OpenContainer, Piece, in_parallel
+from desfs.fetch import Fetcher, Flight, OpenContainer, Piece, in_parallel
 
 UNIT = 4 * 1024 * 1024  # bytes: as PIECE; a checksum's block where META says nothing else
 _PASS = 8 * UNIT  # bytes fetched at a time by a pass over a payload
@@ -57,28 +61,31 @@ class LargePayloads:
         """
         index = container.loaded.index
         size = int(index.data_length[row])
+        if size and offset >= stop:
+            return b""
         unit = self._unit(container, row)
         by_pass = self._is_verified_by_pass(container, row)
         if by_pass and row not in container.verified:
-            key = (container.slot, row, _VERIFIED)
+            key = (container.number, row, _VERIFIED)
             await self._fetcher.piece(key, partial(self._start_pass, container, row, key))
         self._walk(container, row, offset // unit, unit, -(-size // unit))
         parts: list[bytes | memoryview] = []
-        version: str | None = None
+        versions: set[str | None] = set()
         at = offset
         while True:
             number = at // unit
-            key = (container.slot, row, number)
+            key = (container.number, row, number)
             piece = await self._fetcher.piece(key, partial(self._start, container, row, number))
-            # What was verified may have been replaced since, and what takes its place not be verified yet.
-            unverified = by_pass and row not in container.verified
-            if unverified or (parts and container.externals.get(row) != version):
-                raise ObjectReplaced(f"{container.info.key}: entry {row}: its external object was replaced")
-            version = container.externals.get(row)
+            versions.add(piece.version)
             parts.append(memoryview(piece.data)[at - piece.start : stop - piece.start])
             at = piece.start + len(piece.data)
             if at >= stop:
-                return parts[0] if len(parts) == 1 else b"".join(parts)
+                break
+        # What was verified may have been replaced since, and what takes its place not be verified yet.
+        if versions != {container.externals.get(row)} or (by_pass and row not in container.verified):
+            self._forget(container, row)
+            raise ObjectReplaced(f"{container.info.key}: {index.entry(row).name!r}: its external object was replaced")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @staticmethod
     def _is_verified_by_pass(container: OpenContainer, row: int) -> bool:
@@ -86,11 +93,11 @@ class LargePayloads:
         index, meta = container.loaded.index, container.loaded.meta
         if not index.flags[row] & EXTERNAL and index.data_length[row] <= LARGE_PAYLOAD:
             return False
-        return row not in meta.external_blocks and meta.verifier(index, row) is not None
+        return meta.block_checksums(index, row) is None and meta.verifier(index, row) is not None
 
     def _unit(self, container: OpenContainer, row: int) -> int:
         index = container.loaded.index
-        blocks = container.loaded.meta.external_blocks.get(row)
+        blocks = container.loaded.meta.block_checksums(index, row)
         if blocks is not None:
             return blocks.block_size
         size = int(index.data_length[row])
@@ -110,111 +117,118 @@ class LargePayloads:
         if len(self._walks) > _READERS:
             self._walks.popitem(last=False)
         for number in range(unit_number + 1, min(unit_number + 1 + walk.ahead, units)):
-            place = (container.slot, row, number)
+            place = (container.number, row, number)
             if place not in self._fetcher.cache and not self._fetcher.is_under_way(place):
                 self._start(container, row, number)
 
     def _start(self, container: OpenContainer, row: int, number: int) -> Flight:
+        unit = self._unit(container, row)
+        start = number * unit
+        stop = min(start + unit, int(container.loaded.index.data_length[row]))
+
         async def bring() -> Piece:
-            index = container.loaded.index
-            unit = self._unit(container, row)
-            start = number * unit
-            stop = min(start + unit, int(index.data_length[row]))
-            for again in (True, False):  # once more on a mismatch: it may be the way's fault, not the store's
-                data = await self._bytes(container, row, start, stop)
+            for again in (False, True):  # once more on a mismatch: it may be the way's fault, not the store's
+                data, version = await self._bytes(container, row, start, stop, past_disk=again)
                 try:
                     await trio.to_thread.run_sync(_check, container, row, number, data)
                     break
                 except CorruptEntry as error:
                     metrics.CHECKSUM_FAILURES.inc()
-                    if not again:
+                    if again:
                         self._problems.report(container.info.key, str(error))
                         raise
-            return Piece(container.slot, row, number, number + 1, start, data)
+            await self._keep(container, row, version, [(start, stop, data)])
+            return Piece(container.number, row, number, number + 1, start, data, version=version)
 
-        return self._fetcher.start([(container.slot, row, number)], bring)
+        return self._fetcher.start([(container.number, row, number)], stop - start, bring)
 
-    async def _bytes(self, container: OpenContainer, row: int, start: int, stop: int) -> bytes | memoryview:
-        """[start, stop) of a payload as the store, or the disk cache, has it."""
-        if start >= stop:
-            if container.loaded.index.flags[row] & EXTERNAL:
-                await self._external(container, row, start, stop)
-            return b""
-        if container.loaded.index.flags[row] & EXTERNAL:
-            return await self._external(container, row, start, stop)
-        low = int(container.loaded.index.data_offset[row])
-        info = container.info
-        gets = plan_gets([(low + start, low + stop)], max_request=PIECE)
-        found: list[bytes | memoryview] = [b""] * len(gets)
-
-        async def get(place: int, begin: int, end: int) -> None:
-            answer = await self._threads.fetch(self._threads.store.get_range, info.key, begin, end, if_match=info.etag)
-            found[place] = answer.data
-
-        await in_parallel(partial(get, place, *each) for place, each in enumerate(gets))
-        return found[0] if len(found) == 1 else b"".join(found)
-
-    async def _external(self, container: OpenContainer, row: int, start: int, stop: int) -> bytes | memoryview:
-        index, meta = container.loaded.index, container.loaded.meta
-        pinned = container.externals.get(row)
-        disk, store = self._fetcher.disk, self._threads.store
-        # The container's version names the row; the object's own version pins the bytes.
-        kept = None if pinned is None else ObjectVersion(store.url, f"{container.info.key}#{row}", pinned)
-        if disk is not None and kept is not None and start < stop:
+    async def _bytes(
+        self, container: OpenContainer, row: int, start: int, stop: int, *, past_disk: bool
+    ) -> tuple[bytes | memoryview, str | None]:
+        """[start, stop) of a payload as the disk cache, or the store, has it, and the version of the external object.
+        `past_disk`: what is kept has turned out to be wrong."""
+        external = bool(container.loaded.index.flags[row] & EXTERNAL)
+        version = container.externals.get(row) if external else None
+        disk = self._fetcher.disk
+        # The first bytes of an external object that come from the store say which version it has.
+        if disk is not None and start < stop and not past_disk and (version is not None or not external):
+            kept = _kept_as(self._threads.store.url, container, row, version)
             (found,) = await self._threads.fetch(disk.get_many, kept, [(start, stop)])
             if found is not None:
-                return found
+                return found, version
+        if external:
+            return await self._external(container, row, start, stop)
+        low, info = int(container.loaded.index.data_offset[row]), container.info
+        answer = await self._threads.fetch(
+            self._threads.store.get_range, info.key, low + start, low + stop, if_match=info.etag
+        )
+        return answer.data, None
+
+    async def _keep(
+        self,
+        container: OpenContainer,
+        row: int,
+        version: str | None,
+        found: Sequence[tuple[int, int, bytes | memoryview]],
+    ) -> None:
+        """Give ranges of a payload to the disk cache, if there is one."""
+        disk = self._fetcher.disk
+        blocks = [block for block in found if block[0] < block[1]]
+        if disk is not None and blocks:
+            await self._threads.fetch(disk.put, _kept_as(self._threads.store.url, container, row, version), blocks)
+
+    async def _external(
+        self, container: OpenContainer, row: int, start: int, stop: int
+    ) -> tuple[bytes | memoryview, str]:
+        """[start, stop) of an external object, and its version, which is the one of all that has been read of it."""
+        index, meta = container.loaded.index, container.loaded.meta
         try:
             answer = await self._threads.fetch(
                 read_external,
-                store,
+                self._threads.store,
                 container.info.key,
                 index.entry(row).name,
                 meta.external_key.get(row),
                 start,
                 stop,
                 int(index.data_length[row]),
-                if_match=pinned,
+                if_match=container.externals.get(row),
             )
         except CorruptEntry as error:
             self._problems.report(container.info.key, str(error))
             raise
         except ObjectReplaced:
-            self._forget_external(container, row)
+            self._forget(container, row)
             raise
         # Two first reads at once name no version: the one that comes second must have seen the same.
         if container.externals.setdefault(row, answer.etag) != answer.etag:
-            self._forget_external(container, row)
+            self._forget(container, row)
             raise ObjectReplaced(f"{container.info.key}: {index.entry(row).name!r}: its external object was replaced")
-        if disk is not None and start < stop:
-            kept = ObjectVersion(store.url, f"{container.info.key}#{row}", answer.etag)
-            await self._threads.fetch(disk.put, kept, [(start, stop, answer.data)])
-        return answer.data
+        return answer.data if start < stop else b"", answer.etag
 
-    def _forget_external(self, container: OpenContainer, row: int) -> None:
+    def _forget(self, container: OpenContainer, row: int) -> None:
         """Whoever reads the file next sees the version that is there then."""
         container.externals.pop(row, None)
         container.verified.pop(row, None)
-        for number in range(-(-int(container.loaded.index.data_length[row]) // self._unit(container, row))):
-            self._fetcher.cache.drop((container.slot, row, number))
-        self._fetcher.cache.drop((container.slot, row, _VERIFIED))
+        self._fetcher.cache.drop(container.number, row)
 
     def _start_pass(self, container: OpenContainer, row: int, key: tuple[int, int, int]) -> Flight:
         async def bring() -> Piece:
-            for again in (True, False):  # once more on a mismatch: it may be the way's fault, not the store's
+            for again in (False, True):  # once more on a mismatch: it may be the way's fault, not the store's
                 try:
-                    container.verified[row] = await self._pass_over(container, row)
+                    container.verified[row] = await self._pass_over(container, row, past_disk=again)
                     break
                 except CorruptEntry as error:
                     metrics.CHECKSUM_FAILURES.inc()
-                    if not again:
+                    if again:
                         self._problems.report(container.info.key, str(error))
                         raise
-            return Piece(container.slot, row, _VERIFIED, _VERIFIED + 1, 0, b"")
+            return Piece(container.number, row, _VERIFIED, _VERIFIED + 1, 0, b"")
 
-        return self._fetcher.start([key], bring)
+        size = int(container.loaded.index.data_length[row])
+        return self._fetcher.start([key], min(size, _PASS), bring)
 
-    async def _pass_over(self, container: OpenContainer, row: int) -> list[int]:
+    async def _pass_over(self, container: OpenContainer, row: int, *, past_disk: bool) -> list[int]:
         """Verify a payload as a whole, a few units in memory at a time; those that the cache keeps are read from there.
         The CRC-32C of each unit, which has to hold when it is fetched again."""
         index = container.loaded.index
@@ -224,33 +238,43 @@ class LargePayloads:
         size = int(index.data_length[row])
         for at in range(0, size, _PASS):
             gets = plan_gets([(at, min(at + _PASS, size))], max_request=UNIT)
-            found: list[bytes | memoryview] = [b""] * len(gets)
+            found: list[tuple[bytes | memoryview, str | None]] = [(b"", None)] * len(gets)
 
-            async def get(place: int, low: int, high: int, found: list[bytes | memoryview] = found) -> None:
-                found[place] = await self._bytes(container, row, low, high)
+            async def get(
+                place: int, low: int, high: int, found: list[tuple[bytes | memoryview, str | None]] = found
+            ) -> None:
+                found[place] = await self._bytes(container, row, low, high, past_disk=past_disk)
 
             await in_parallel(partial(get, place, *each) for place, each in enumerate(gets))
-            for (low, _), data in zip(gets, found, strict=True):
+            for (low, high), (data, version) in zip(gets, found, strict=True):
                 await trio.to_thread.run_sync(verifier.update, data)
                 checksums.append(await trio.to_thread.run_sync(_crc32c, data))
                 number = low // UNIT
-                self._fetcher.cache.put(Piece(container.slot, row, number, number + 1, low, data))
+                # Not verified yet: where the pass fails, the next try looks past it and puts other bytes in its place.
+                await self._keep(container, row, version, [(low, high, data)])
+                self._fetcher.cache.put(Piece(container.number, row, number, number + 1, low, data, version=version))
         try:
             verifier.check()
         except CorruptEntry:
-            for number in range(len(checksums)):
-                self._fetcher.cache.drop((container.slot, row, number))
+            self._fetcher.cache.drop(container.number, row)
             raise
         return checksums
+
+
+def _kept_as(store: str, container: OpenContainer, row: int, version: str | None) -> ObjectVersion:
+    """What the disk cache knows a payload by. The container's key names an external one; its own version pins the
+    bytes. The others are apart from the blocks of the small payloads, which have other bounds."""
+    return ObjectVersion(store, f"{container.info.key}#{row}", container.info.etag if version is None else version)
 
 
 def _check(container: OpenContainer, row: int, number: int, data: bytes | memoryview) -> None:
     """Raises: CorruptEntry for a unit that is not what its checksum says. Blocking."""
     index, meta = container.loaded.index, container.loaded.meta
-    blocks = meta.external_blocks.get(row)
+    blocks = meta.block_checksums(index, row)
+    if not len(data):
+        return
     if blocks is not None:
-        if len(data):
-            blocks.check(number, data, f"{container.info.key}: {index.entry(row).name!r}")
+        blocks.check(number, data, f"{container.info.key}: {index.entry(row).name!r}")
     elif row in container.verified:
         if _crc32c(data) != container.verified[row][number]:
             raise CorruptEntry(

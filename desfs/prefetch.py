@@ -6,10 +6,11 @@ The decisions are those of desfs.window; here they meet the containers of a day.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from desfs.large import LargePayloads
 from desfs.push import ASKED, LISTED, PUSHED, Pusher
 from desfs.store.link import Link
 from desfs.tree import Member
-from desfs.window import Account, Folder, Windows, rent_size
+from desfs.window import Accounts, Buy, Folder, Windows, rent_size
 
 
 class Stop(NamedTuple):
@@ -41,7 +42,6 @@ Route = tuple[Stop, ...]
 class _Plan:
     """What of a container goes to the kernel when it comes: runs of blocks, but not the rows that are markers."""
 
-    account: Account = field(default_factory=Account)
     runs: list[tuple[int, int]] = field(default_factory=list)
     markers: set[int] = field(default_factory=set)
 
@@ -51,7 +51,7 @@ class _Day:
 
     def __init__(self, route: Route, max_window: int) -> None:
         self.windows = Windows(max_window)
-        self.account = Account()
+        self.accounts = Accounts()
         self.route: Route = ()
         self.bases: list[int] = [0]
         self.places: dict[int, int] = {}
@@ -75,10 +75,11 @@ class Prefetcher:
         self.pusher: Pusher | None = None
         self._fetcher = fetcher
         self._max_window = max(min(max_prefetch, memory // 4), PIECE)
-        self._affordable = memory // 2
+        self._affordable = memory * 9 // 16  # three quarters of what the cache holds: the rest is for the readers
         self._large = LargePayloads(fetcher, self._max_window)
         self._days: dict[str, _Day] = {}
-        self._plans: dict[int, _Plan] = {}
+        self._plans: WeakKeyDictionary[OpenContainer, _Plan] = WeakKeyDictionary()
+        self._bought: set[int] = set()
         fetcher.on_piece = self._came
 
     async def read(
@@ -105,16 +106,16 @@ class Prefetcher:
         begin = int(index.data_offset[row])
         block = container.blocks.of(begin)
         cached = self._fetcher.has(container, block)
-        plan = self._plans.setdefault(container.slot, _Plan())
         where = self._day(day, route)
-        self._look_ahead(where, container, row, cached)
+        walks = self._look_ahead(where, container, row, cached)
         if cached:
             metrics.CACHE_HITS.labels("memory").inc()
             return (await self._fetcher.payload(container, row))[offset:stop]
         metrics.CACHE_MISSES.labels("memory").inc()
         asked = trio.current_time()
         payload = await self._fetcher.payload(container, row)
-        self._has_waited(where, container, plan, trio.current_time() - asked)
+        if not walks:
+            self._has_waited(where, container, trio.current_time() - asked)
         return payload[offset:stop]
 
     def listed(self, container: OpenContainer, rows: npt.NDArray[np.uint32]) -> None:
@@ -122,8 +123,11 @@ class Prefetcher:
         if self.pusher is None or not len(rows):
             return
         np.frombuffer(container.pages, np.uint8)[rows] |= LISTED
-        plan = self._plans.get(container.slot)
-        if plan is None or not plan.runs:
+        plan = self._plans.get(container)
+        if plan is not None:
+            # Those in blocks; the others have no place among them.
+            rows = rows[[container.blocks.contains(row) for row in rows.tolist()]]
+        if plan is None or not len(rows):
             return
         index, blocks = container.loaded.index, container.blocks
         first, last = blocks.between(
@@ -132,10 +136,10 @@ class Prefetcher:
         for piece in self._fetcher.held(container, first, last):
             self._push(container, plan, piece, first, last)
 
-    def forget(self, slots: Sequence[int]) -> None:
-        """These containers are closed."""
-        for slot in slots:
-            self._plans.pop(slot, None)
+    def keep_days(self, names: Iterable[str]) -> None:
+        """There are no other days than these."""
+        for name in self._days.keys() - set(names):
+            del self._days[name]
 
     # --- what to fetch -------------------------------------------------------------------------------------------
 
@@ -147,20 +151,21 @@ class Prefetcher:
             day.follow(route, self._max_window)
         return day
 
-    def _look_ahead(self, day: _Day, container: OpenContainer, row: int, cached: bool) -> None:
+    def _look_ahead(self, day: _Day, container: OpenContainer, row: int, cached: bool) -> bool:
+        """Begin to fetch what the read announces; whether its reader walks on from what it was given before."""
         index = container.loaded.index
         link = self._fetcher.threads.meter.link()
         place = day.places.get(container.slot)
         if place is None:  # it has left its day, and is read by those who had its files open
             if not cached:
                 self._rent(container, int(index.data_offset[row]), link)
-            return
+            return False
         base = day.bases[place] - index.footer.data_start
         at = base + int(index.data_offset[row])
         folder = self._folder(day.route[place], row, base)
         window = day.windows.read(at, at + int(index.data_length[row]), folder, cached, link)
         if window is None:
-            return
+            return False
         place = max(bisect_right(day.bases, window.start) - 1, 0)
         marker = window.marker if window.push else None
         while place < len(day.route) and day.bases[place] < window.stop:
@@ -170,7 +175,7 @@ class Prefetcher:
             if first < last:
                 self._fetcher.fetch_ahead(each, first, last)
             if window.push:
-                plan = self._plans.setdefault(each.slot, _Plan())
+                plan = self._plans.setdefault(each, _Plan())
                 if first < last and marker is not None:
                     found = each.blocks.row_at(marker - base)
                     if found is not None:
@@ -178,6 +183,7 @@ class Prefetcher:
                         marker = None
                 self._mark_for_push(each, plan, first, last)
             place += 1
+        return window.goes_on
 
     def _rent(self, container: OpenContainer, offset: int, link: Link) -> None:
         self._fetcher.fetch_ahead(container, *container.blocks.between(offset, offset + rent_size(link)))
@@ -198,30 +204,23 @@ class Prefetcher:
             listed,
         )
 
-    def _has_waited(self, day: _Day, container: OpenContainer, plan: _Plan, waited_s: float) -> None:
-        """Rent or buy: first for the container, then for the whole day."""
+    def _has_waited(self, day: _Day, container: OpenContainer, waited_s: float) -> None:
+        """Rent or buy."""
+        stops = day.route if container.slot in day.places else ()
+        lefts = {stop.container.number: self._left(stop.container) for stop in stops}
+        lefts.setdefault(container.number, self._left(container))
         link = self._fetcher.threads.meter.link()
-        plan.account.miss(waited_s)
-        day.account.miss(waited_s)
-        left = self._left(container)
-        if left <= self._affordable and plan.account.should_buy(left, -(-left // PIECE), link):
-            day.account.waited_s -= plan.account.waited_s  # what is bought is not paid for again
-            plan.account.waited_s = 0.0
+        buy = day.accounts.miss(container.number, waited_s, lefts, PIECE, self._affordable, link)
+        if buy is Buy.CONTAINER:
             metrics.PREFETCH_BOUGHT.labels("container").inc()
             self._fetcher.fetch_ahead(container, 0, len(container.blocks))
-            return
-        if container.slot not in day.places:
-            return
-        lefts = [self._left(stop.container) for stop in day.route]
-        requests = sum(-(-each // PIECE) for each in lefts)
-        if sum(lefts) <= self._affordable and day.account.should_buy(sum(lefts), requests, link):
-            day.account.waited_s = 0.0
+        elif buy is Buy.DAY:
             metrics.PREFETCH_BOUGHT.labels("day").inc()
-            for stop in day.route:
+            for stop in stops:
                 self._fetcher.fetch_ahead(stop.container, 0, len(stop.container.blocks))
 
     def _left(self, container: OpenContainer) -> int:
-        held = self._fetcher.cache.bytes_of(container.slot)
+        held = self._fetcher.cache.bytes_of(container.number)
         return max(container.loaded.index.footer.data_length - held, 0)
 
     # --- what to push --------------------------------------------------------------------------------------------
@@ -229,16 +228,15 @@ class Prefetcher:
     def _mark_for_push(self, container: OpenContainer, plan: _Plan, first: int, last: int) -> None:
         if first >= last:
             return
-        if plan.runs and plan.runs[-1][0] <= first <= plan.runs[-1][1]:
-            plan.runs[-1] = (plan.runs[-1][0], max(last, plan.runs[-1][1]))
-        else:
-            plan.runs.append((first, last))
+        joined = [run for run in plan.runs if run[0] <= last and first <= run[1]]
+        plan.runs = [run for run in plan.runs if run not in joined]
+        plan.runs.append((min([first, *(run[0] for run in joined)]), max([last, *(run[1] for run in joined)])))
         for piece in self._fetcher.held(container, first, last):
             self._push(container, plan, piece, first, last)
 
     def _came(self, container: OpenContainer, piece: Piece) -> None:
-        plan = self._plans.get(container.slot)
-        if plan is not None and plan.runs:
+        plan = self._plans.get(container)
+        if plan is not None:
             self._push(container, plan, piece, piece.first, piece.last)
 
     def _push(self, container: OpenContainer, plan: _Plan, piece: Piece, first: int, last: int) -> None:

@@ -7,7 +7,9 @@ shows them. A reader who walks through the day walks forward in them.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 from desfs.blocks import BLOCK
@@ -25,12 +27,14 @@ _SCANS = 64
 
 class Window(NamedTuple):
     """Bytes [start, stop) of the day to have in memory. The reader will need them if `push`: then they go to the
-    kernel, all but the file at `marker`, the first one that begins there or behind: reading it asks for more."""
+    kernel, all but the file at `marker`, the first one that begins there or behind: reading it asks for more.
+    `goes_on` tells a reader that walks on from one that appears here."""
 
     start: int
     stop: int
     push: bool
     marker: int
+    goes_on: bool
 
 
 class Folder(NamedTuple):
@@ -90,7 +94,7 @@ class Windows:
         else:
             marker = start
         scan.start, scan.end, scan.marker, scan.size = min(scan.marker, at), end, marker, max(size, scan.size)
-        return Window(start, end, True, marker)
+        return Window(start, end, True, marker, True)
 
     def _scan_at(self, at: int, cached: bool) -> tuple[int, _Scan] | None:
         for number in reversed(self._scans):
@@ -113,7 +117,7 @@ class Windows:
         self._scans[self._next_id] = _Scan(at, end, stop, size, folder.stop)
         if len(self._scans) > _SCANS:
             self._scans.popitem(last=False)
-        return Window(at, end, whole, stop)
+        return Window(at, end, whole, stop, False)
 
 
 def _on_its_way(link: Link) -> int:
@@ -125,23 +129,44 @@ def rent_size(link: Link) -> int:
     return min(max(int(link.latency_s * link.bandwidth * _RENT_FRACTION), BLOCK), _MAX_RENT)
 
 
-class Account:
-    """Rent or buy: what the misses of a container, or of a day, have cost in waiting, against what fetching the rest of
-    it would cost. When the first reaches the second, the rest is fetched. Whatever is read afterwards, the sum is at
-    most twice what the best choice would have cost that knew it all before."""
+class Buy(Enum):
+    """What to fetch the rest of."""
 
-    __slots__ = ("waited_s",)
+    NOTHING = 0
+    CONTAINER = 1
+    DAY = 2
+
+
+class Accounts:
+    """Rent or buy, for a day: what the misses of each container have cost in waiting, against what fetching the rest of
+    it would cost. When the first reaches the second, the rest is fetched. The misses of those that were not bought are
+    held against the rest of the whole day in the same way: fetched together, it costs fewer round trips.
+
+    Whatever is read afterwards, the sum is at most twice what the best choice would have cost that knew it all before,
+    and one miss for each purchase.
+    """
 
     def __init__(self) -> None:
-        self.waited_s = 0.0
+        self._waited_s: dict[int, float] = {}
 
-    def miss(self, waited_s: float) -> None:
-        """A reader has waited."""
-        self.waited_s += waited_s
-
-    def should_buy(self, left: int, requests: int, link: Link) -> bool:
-        """Whether to fetch the rest: so many bytes, in so many requests, of which many run at a time."""
-        return left > 0 and self.waited_s >= buy_cost_s(left, requests, link)
+    def miss(
+        self, container: int, waited_s: float, lefts: Mapping[int, int], piece: int, affordable: int, link: Link
+    ) -> Buy:
+        """A reader has waited for a file of a container. `lefts` are the bytes that are left of each container of the
+        day, to be fetched in pieces, many at a time; no more than `affordable` of them are bought at once."""
+        waited = self._waited_s.get(container, 0.0) + waited_s
+        self._waited_s[container] = waited
+        left = lefts.get(container, 0)
+        if 0 < left <= affordable and waited >= buy_cost_s(left, -(-left // piece), link):
+            self._waited_s[container] = 0.0  # what is bought is not paid for again
+            return Buy.CONTAINER
+        left = sum(lefts.values())
+        requests = sum(-(-each // piece) for each in lefts.values())
+        waited = sum(each for number, each in self._waited_s.items() if number in lefts)
+        if 0 < left <= affordable and waited >= buy_cost_s(left, requests, link):
+            self._waited_s.clear()
+            return Buy.DAY
+        return Buy.NOTHING
 
 
 # Requests that run at a time when the rest of something is fetched.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,8 @@ class Link(NamedTuple):
 class LinkMeter:
     """Measures GETs. Any thread. Only what came while at least one request ran counts as time."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._latencies: deque[float] = deque(maxlen=_KEPT)
         self._bandwidth: float | None = None
@@ -56,7 +57,7 @@ class LinkMeter:
     def request(self) -> Iterator[list[Answer]]:
         """Around a GET; its answer has to be appended to the list. One that fails is not measured."""
         answered: list[Answer] = []
-        started = time.monotonic()
+        started = self._clock()
         with self._lock:
             if not self._running:
                 self._began_s, self._bytes = started, 0
@@ -64,7 +65,7 @@ class LinkMeter:
         try:
             yield answered
         finally:
-            ended = time.monotonic()
+            ended = self._clock()
             with self._lock:
                 self._running -= 1
                 if answered:
