@@ -80,7 +80,7 @@ def test_the_limit_holds(tmp_path: Path) -> None:
     cache.folder.wait_idle()
     kept = [number for number in range(200) if has(cache, number)]
     assert len(kept) > 10
-    assert max(kept) == 199
+    assert max(kept) > 190  # a put that finds no room while some is being made is let go
     assert 0 < cache.state()["bytes"] <= 2 * MB
 
 
