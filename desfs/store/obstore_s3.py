@@ -40,6 +40,9 @@ TOTAL_TIMEOUT_S = 600.0
 # S3 closes an idle connection after about 20 s and nginx after 75 s, SeaweedFS never: whoever closes first costs a
 # new connection at the next GET, and no error, as nothing was sent on it.
 IDLE_TIMEOUT_S = 90.0
+# Twice as many as there are GETs in flight: a connection is idle a moment after its answer was read, and who asks
+# within that moment opens another. Those are kept, so that it does not happen for ever.
+IDLE_CONNECTIONS = 2 * CONNECTIONS
 # Shorter bodies can be slices of the connection's read buffer, up to 400 KiB (hyper 1, proto/h1/io.rs), which a view
 # would keep alive: they are copied, at 0.1 ms at most. Longer ones come in several pieces, and obstore joins them.
 VIEW_FROM = 1 << 20
@@ -223,7 +226,7 @@ class ObstoreS3Store(S3Store):
             "read_timeout": f"{round(self._read_timeout_s * 1000)}ms",
             "timeout": f"{round(TOTAL_TIMEOUT_S * 1000)}ms",
             "pool_idle_timeout": f"{round(IDLE_TIMEOUT_S * 1000)}ms",
-            "pool_max_idle_per_host": str(CONNECTIONS),
+            "pool_max_idle_per_host": str(IDLE_CONNECTIONS),
         }
         # The bucket is in the URL, whichever style that is of. What is not said here is taken from AWS_… variables,
         # by other rules than boto3's.

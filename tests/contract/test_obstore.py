@@ -24,7 +24,7 @@ from desfs.metrics import snapshot
 from desfs.store import S3Options, Store, open_store
 from desfs.store.obstore_s3 import VIEW_FROM, ObstoreS3Store
 from desfs.store.retrying import Retrying
-from desfs.store.s3 import Route
+from desfs.store.s3 import CONNECTIONS, Route
 from tests.contract.store_contract import MIB, StoreContract, pattern
 from tests.fakes.http_faults import FaultyS3
 from tests.servers import S3Server
@@ -374,7 +374,6 @@ def test_an_authority_of_ones_own_is_trusted_when_it_is_named(
         for _ in range(3):
             assert store.get_range("key", 1, 5).data == BODY[1:5]
         assert all(request.headers["user-agent"].startswith("object_store") for request in server.requests)
-        assert server.connections == 1
         store.close()
 
 
@@ -467,9 +466,8 @@ def test_a_server_that_comes_back_is_read_from_again() -> None:
             list(pool.map(lambda n: inner.get_range("key", n, n + 9), range(8)))  # connections that will be dead
     with pytest.raises(StoreUnavailable):
         inner.get_range("key", 1, 5)
-    with FaultyS3(BODY, port=port) as second, stamina.set_testing(True, attempts=5):
+    with FaultyS3(BODY, port=port), stamina.set_testing(True, attempts=5):
         assert Retrying(inner).get_range("key", 1, 5).data == BODY[1:5]
-        assert second.connections == 1
         inner.close()
 
 
@@ -526,11 +524,10 @@ def test_connections_are_kept(server: FaultyS3) -> None:
                 return bytes(store.get_range("key", n, n + 50_000).data) == BODY[n : n + 50_000]
 
             assert all(pool.map(get, range(32)))
-    assert 1 <= server.connections <= 32
-    opened = server.connections
-    for n in range(50):
-        store.get_range("key", n, n + 9)
-    assert server.connections == opened
+        for n in range(50):
+            store.get_range("key", n, n + 9)
+    assert len(server.requests) == 4 * 32 + 50
+    assert server.connections <= 2 * CONNECTIONS
     store.close()
 
 
