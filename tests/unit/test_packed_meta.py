@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
 from decimal import Decimal
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +19,7 @@ from des_format.layout import EXTERNAL
 from des_format.meta import MetaColumns
 from des_format.packed_meta import decode_packed
 from des_format.source import open_container
-from tests.unit.containers import Item, MemorySource, build
+from tests.unit.containers import Item, MemorySource, build, footer_of
 
 SHA = "404e92851eda594f89aad19b4e8ac15037aad0e3bec6eba104497bb71ffb0c2a"
 USUAL = {"mtime": Decimal("1793495864.046636"), "mode": 420, "sha256": SHA, "crc32c": "d88b6590", "id": "0d2f0000"}
@@ -32,7 +35,10 @@ class DecodedOneByOne(MetaColumns):
 
 
 def columns(metas: list[bytes], size: int, columns: type[MetaColumns]) -> dict[str, object]:
-    items = [Item(b"f%d" % number, b"x" * size, meta=meta) for number, meta in enumerate(metas)]
+    return filled([Item(b"f%d" % number, b"x" * size, meta=meta) for number, meta in enumerate(metas)], columns)
+
+
+def filled(items: list[Item], columns: type[MetaColumns]) -> dict[str, object]:
     opened = open_container(MemorySource(build(items)), tail_length=1 << 26)
     assert opened.meta is not None
     meta = columns(opened.index.rows)
@@ -134,6 +140,52 @@ def test_many_rows_with_one_metadata_and_rows_far_apart() -> None:
     far = np.array([0, len(raw) - len(usual)])
     assert decode_packed(raw, far, far + len(usual)).places.tolist() == []  # not worth looking through what is between
     assert decode_packed(raw, far[:0], far[:0]).places.tolist() == []
+
+
+def test_long_metadata_that_many_rows_share_is_not_looked_through_for_each() -> None:
+    """A container is never trusted with memory or time: 20,000 times 1 MB would be more than either."""
+    meta = encode_meta(USUAL | {"id": '"' * 500_000}, 1)
+    assert packed([encode_meta(USUAL | {"id": "i" * 2000}, 1)]) == []
+    many = [Item(b"%d" % number, b"x", b"" if number else meta, meta_offset=20_016) for number in range(20_000)]
+    items = [replace(item, meta_length=len(meta)) for item in many]
+    opened = open_container(MemorySource(build(items)), tail_length=1 << 26)
+    assert opened.meta == meta
+    found = MetaColumns(opened.index.rows)
+    tracemalloc.start()
+    try:
+        found.fill(opened.index, opened.meta, opened.index.footer.meta_start)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 2**20
+    assert set(found.crc32c.tolist()) == {0xD88B6590}
+
+
+@given(
+    st.lists(st.one_of(USUAL_METAS.map(lambda meta: encode_meta(meta, 1)), st.binary(max_size=20)), min_size=1),
+    st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_ranges_that_overlap_or_are_shared_are_decoded_alike(metas: list[bytes], data: st.DataObject) -> None:
+    """Entries may have any range of META: the same as others, parts of it, several at once, out of order."""
+    bounds = [0, *accumulate(map(len, metas))]
+    places = st.one_of(st.sampled_from(bounds), st.integers(0, bounds[-1]))
+    ranges = data.draw(st.lists(st.tuples(places, places), max_size=30).map(lambda pairs: [sorted(p) for p in pairs]))
+    start = footer_of(build([Item(b"f", b"x", meta) for meta in metas])).meta_start
+    items = [Item(b"m%d" % number, b"x", meta) for number, meta in enumerate(metas)]
+    items += [
+        Item(
+            b"r%d" % number,
+            data=b"",
+            meta=b"",
+            flags=EXTERNAL * (low % 2),
+            data_length=low % 3,
+            meta_offset=start + low,
+            meta_length=high - low,
+        )
+        for number, (low, high) in enumerate(ranges)
+    ]
+    assert filled(items, MetaColumns) == filled(items, DecodedOneByOne)
 
 
 def test_external_rows_keep_what_only_they_have() -> None:
