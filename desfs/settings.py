@@ -66,7 +66,7 @@ Octal = Annotated[int, BeforeValidator(parse_octal), Field(ge=0, le=0o7777)]
 class StoreSettings(BaseSettings):
     """How to reach a store. S3 credentials come from the usual AWS environment and profiles alone."""
 
-    model_config = SettingsConfigDict(env_prefix="DESFS_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="DESFS_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
     endpoint_url: str | None = None
     region: str | None = None

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as redis_py
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from des_format import CacheKey, InMemoryIndexCache, RedisIndexCache
 from des_format.reader import BaseReader
-from tests.servers import RedisServer, free_ports
+from tests.servers import RedisServer, free_ports, redis_server
 from tests.unit.containers import Item, MemorySource, build
 
 KEY = CacheKey("s3://bucket", "day/f.des", "etag")
@@ -138,3 +146,150 @@ def test_a_container_opened_through_redis(client: redis_py.Redis) -> None:
     assert (again.get_file("a"), source.tails) == (b"1", 1)
     assert BaseReader(source, InMemoryIndexCache(), 4096).list_files() == ["a", "b"]
     assert source.tails == 2
+
+
+# --- a Redis that fails is left alone ---------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_redis_that_failed_is_asked_again_after_a_while(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture, announced_logs: list[str]
+) -> None:
+    """docs/operations.md: A Redis that fails is left alone for 30 seconds."""
+    announced_logs.append(FAILS)
+    (port,) = free_ports(1)
+    clock = Clock()
+    client = redis_py.Redis(host=redis.host, port=port, retry=Retry(NoBackoff(), 0))
+    cache = RedisIndexCache(client, clock=clock)
+    with caplog.at_level(logging.INFO):
+        assert cache.get(KEY) is None
+        pool = client.connection_pool
+        client.connection_pool = redis_py.ConnectionPool(host=redis.host, port=redis.port)
+        cache.put(KEY, b"value")
+        assert cache.get(KEY) is None
+        clock.now_s = 29.0
+        assert cache.get(KEY) is None
+        client.connection_pool = pool
+        clock.now_s = 31.0
+        assert cache.get(KEY) is None, "still down"
+        client.connection_pool = redis_py.ConnectionPool(host=redis.host, port=redis.port)
+        clock.now_s = 59.0
+        cache.put(KEY, b"value")
+        assert cache.get(KEY) is None
+        clock.now_s = 62.0
+        cache.put(KEY, b"value")
+        assert cache.get(KEY) == b"value"
+    said = [record.getMessage() for record in caplog.records if record.name == "des_format.cache"]
+    assert [line.partition(";")[2].strip() or line for line in said] == [
+        "it is left alone for a while",
+        "index cache in Redis: in use again",
+    ]
+    client.connection_pool.disconnect()
+    pool.disconnect()
+
+
+def test_a_wedged_redis_costs_one_time_out(tmp_path: Path, announced_logs: list[str]) -> None:
+    """docs/operations.md: A Redis that fails is left alone for 30 seconds."""
+    announced_logs.append(FAILS)
+    with redis_server(tmp_path) as server:
+        cache = RedisIndexCache(server.url)
+        cache.put(KEY, b"value")
+        assert cache.get(KEY) == b"value"
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            for _ in range(100):  # 200 time-outs of 2 s would be more than a test has
+                assert cache.get(KEY) is None
+                cache.put(KEY, b"other")
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+def test_a_stopped_redis_is_a_miss_and_comes_back(tmp_path: Path, announced_logs: list[str]) -> None:
+    announced_logs.append(FAILS)
+    clock = Clock()
+    with redis_server(tmp_path) as server:
+        cache = RedisIndexCache(server.url, clock=clock)
+        cache.put(KEY, b"value")
+        with server.client() as client:
+            client.shutdown(nosave=True)
+        assert cache.get(KEY) is None
+        cache.put(KEY, b"value")
+        clock.now_s = 31.0
+        assert cache.get(KEY) is None
+
+
+def test_only_one_tries_while_it_may_be_down(announced_logs: list[str]) -> None:
+    announced_logs.append(FAILS)
+    clock = Clock()
+    tried: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = redis_py.Redis(port=silent.getsockname()[1], socket_timeout=0.5, retry=Retry(NoBackoff(), 0))
+        cache = RedisIndexCache(client, clock=clock)
+        assert cache.get(KEY) is None
+        clock.now_s = 31.0
+        client.connection_pool.disconnect()
+        silent.settimeout(0.0)
+        threads = [threading.Thread(target=cache.get, args=(KEY,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = silent.accept()
+                connection.close()
+                tried.append(1)
+        client.connection_pool.disconnect()
+    assert len(tried) == 2, "the first, and one of the eight"
+
+
+def test_a_slow_redis_is_left_alone(client: redis_py.Redis, announced_logs: list[str]) -> None:
+    announced_logs.append("cannot read in time")
+    clock = Clock()
+    cache = RedisIndexCache(client, clock=clock)
+    cache.put(KEY, b"value")
+    took_s = 0.9
+    calls = 0
+
+    class Slow:
+        """Redis, as far away as a test says."""
+
+        def get(self, name: str) -> object:
+            nonlocal calls
+            calls += 1
+            clock.now_s += took_s
+            return client.get(name)
+
+    cache._client = Slow()  # type: ignore[assignment]
+    assert cache.get(KEY) == b"value"
+    assert cache.get(KEY) == b"value"
+    took_s = 1.5
+    assert cache.get(KEY) == b"value", "it has come"
+    assert cache.get(KEY) is None
+    assert calls == 3
+
+
+def test_values_above_the_limit_are_not_kept(client: redis_py.Redis) -> None:
+    """docs/operations.md: Tails above 64 MiB are not kept in Redis."""
+    cache = RedisIndexCache(client, max_value=1000)
+    cache.put(KEY, bytes(1001))
+    assert client.keys("*") == []
+    cache.put(KEY, bytes(1000))
+    assert cache.get(KEY) == bytes(1000)
+    RedisIndexCache(client).put(KEY, bytes(5000))
+    assert cache.get(KEY) is None
+
+
+def test_no_url_of_redis() -> None:
+    for url in ("http://host", "host:6379", ""):
+        with pytest.raises(ValueError, match="scheme"):
+            RedisIndexCache(url)
