@@ -10,6 +10,12 @@ TEST_PACKAGES := $(RUN_PACKAGES) redis-server rsync attr strace
 # What an installation is made from, besides the modules themselves.
 INSTALLED := setup.cfg pyproject.toml setup.py desfs/_levers.c
 
+BENCH_PACKAGES := $(TEST_PACKAGES) rclone s3fs
+
+# What `make bench` runs (all but the soak; e.g. BENCH='mount --quick'), and where its tables and its plot go.
+BENCH ?=
+BENCH_OUTPUT ?= build/bench
+
 # Installs those of the packages that are missing; asks the network only then.
 define install-packages
 @missing=; for package in $(1); do \
@@ -45,8 +51,8 @@ check: test-packages $(BIN)/.test-stamp
 	@$(BIN)/lint-imports --no-logo >.venv/lint-imports.log || { cat .venv/lint-imports.log >&2; exit 1; }
 
 .PHONY: bench
-bench: test-packages $(BIN)/.test-stamp
-	@$(BIN)/python -m tests.bench
+bench: bench-packages $(BIN)/.bench-stamp
+	@$(BIN)/python -m tests.bench $(BENCH) --output $(BENCH_OUTPUT)
 
 # What the other targets made, but for .venv; `distclean` takes that as well.
 .PHONY: clean
@@ -66,6 +72,10 @@ run-packages:
 test-packages:
 	$(call install-packages,$(TEST_PACKAGES))
 
+.PHONY: bench-packages
+bench-packages:
+	$(call install-packages,$(BENCH_PACKAGES))
+
 $(BIN)/python: | run-packages
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1); desfs needs 3.11 or newer (make PYTHON=python3.12 …)" >&2; exit 1; }
@@ -80,3 +90,8 @@ $(BIN)/.test-stamp: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing desfs and what its tests need into .venv'
 	@$(PIP) --editable '.[redis,test]'
 	@touch $@ $(BIN)/.dev-stamp
+
+$(BIN)/.bench-stamp: $(INSTALLED) | $(BIN)/python
+	@echo 'Installing desfs and what its benchmarks need into .venv'
+	@$(PIP) --editable '.[redis,test,bench]'
+	@touch $@ $(BIN)/.dev-stamp $(BIN)/.test-stamp

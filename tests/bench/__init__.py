@@ -19,7 +19,20 @@ class Figure:
     at_least: bool = True
 
     @property
+    def bar_text(self) -> str:
+        return "" if self.bar is None else f"{'≥' if self.at_least else '≤'} {number(self.bar)}"
+
+    @property
+    def verdict(self) -> str:
+        return "" if self.bar is None else "ok" if self.holds else "MISSED"
+
+    @property
     def holds(self) -> bool:
         if self.bar is None:
             return True
         return self.value >= self.bar if self.at_least else self.value <= self.bar
+
+
+def number(value: float) -> str:
+    """A value with the digits that matter."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import Figure
+from tests.bench import Figure, number
 from tests.bench.index import measure_index
 from tests.bench.large import LARGE_FILES
 from tests.bench.mount import CAP_S, FILES, Options, measure_mount
@@ -73,19 +73,14 @@ def main(arguments: list[str]) -> int:
     try:
         for name in parsed.names or (each for each in benchmarks if each != "soak"):
             for figure in benchmarks[name]():
-                bar = "" if figure.bar is None else f"{'≥' if figure.at_least else '≤'} {_number(figure.bar)}"
-                verdict = "" if figure.bar is None else "ok" if figure.holds else "MISSED"
-                table.add_row(name, figure.what, f"{_number(figure.value)} {figure.unit}", bar, verdict)
+                measured = f"{number(figure.value)} {figure.unit}"
+                table.add_row(name, figure.what, measured, figure.bar_text, figure.verdict)
                 missed |= not figure.holds
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     Console(width=130).print(table)
     return int(missed)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def _row(results: Results, workload: str, system: str = DESFS) -> Row | None:
     return results.of(workload, system)
 
 
-def _against_floor(results: Results, workload: str, bar: float) -> list[Figure]:
+def _against_floor(results: Results, workload: str, bar: float | None) -> list[Figure]:
     row, floor = _row(results, workload), results.floors.get(workload)
     if row is None or floor is None:
         return []
@@ -96,7 +96,7 @@ def _large(results: Results) -> list[Figure]:
     row = _row(results, names.EXTERNAL)
     if row is not None and row.rss is not None:
         figures.append(Figure(f"{names.EXTERNAL}: peak RSS", row.rss / 1e6, "MB", 300, at_least=False))
-    figures += _against_floor(results, names.TAR_LARGE, 1.5)
+    figures += _against_floor(results, names.TAR_LARGE, None)
     for workload, bar in ((names.MILLION_LS_F, 10), (names.MILLION_LS_L, 20)):
         row = _row(results, workload)
         if row is not None:

@@ -25,7 +25,7 @@ from statistics import median
 from rich.console import Console
 
 from tests import servers
-from tests.bench import Figure, peers
+from tests.bench import Figure, number, peers
 from tests.bench import workloads as names
 from tests.bench.acceptance import verdicts
 from tests.bench.corpus import Corpus, fill_spool, pack
@@ -253,8 +253,14 @@ def _revision() -> str:
 
 def _write(folder: Path, results: Results, figures: list[Figure]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    notes = "".join(f"- {note}\n" for note in results.notes)
-    (folder / "table.md").write_text(f"{notes}\n{results.markdown()}")
+    notes = "".join(f"- {' '.join(note.split())}\n" for note in results.notes)
+    promises = "| promise | measured | bar | |\n|---|---:|---:|---|\n" + "".join(
+        f"| {each.what} | {number(each.value)} {each.unit} | {each.bar_text} | {each.verdict} |\n" for each in figures
+    )
+    (folder / "table.md").write_text(
+        f"# The mount benchmark\n\n{notes}\n![Seconds of each system](plot.svg)\n\n## Promises\n\n{promises}\n"
+        f"## All rows\n\n{results.markdown()}"
+    )
     (folder / "plot.svg").write_text(plot(results, PLOTTED))
     found = {
         "rows": [asdict(row) for row in results.rows],
