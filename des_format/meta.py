@@ -108,6 +108,8 @@ class MetaColumns:
         self.damaged |= inside
         self.damaged[rows] = False
         rows = self._take_packed(index, rows, view, start)
+        if not len(rows):
+            return
         mtimes, modes, crcs = array("q"), array("H"), array("q")
         decoded: tuple[int, int] | None = None
         keys: _Keys | None = None
@@ -175,7 +177,7 @@ class MetaColumns:
         self.mode[done] = packed.mode[right] & _PERMISSIONS
         self.crc32c[done] = packed.crc32c[right]
         self.has_crc32c[done] = True
-        return np.delete(rows, packed.places[right])
+        return rows[:0] if len(done) == len(rows) else np.delete(rows, packed.places[right])
 
     def _take_external(self, row: int, size: int, external: _External) -> None:
         if external.key is not None:
