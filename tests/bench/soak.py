@@ -2,8 +2,8 @@
 
     python -m tests.bench soak --minutes 30
 
-Each round drops the kernel's caches and reads the whole day in order, then a tenth of it at random: with limits of 64 MiB
-for memory and 64 MiB for the disk cache, a day of 124 MB passes through all of them every time.
+Each round drops the kernel's caches and reads the whole day in order, then a tenth of it at random: with limits of 64
+MiB for memory and 64 MiB for the disk cache, a day of 124 MB passes through all of them every time.
 """
 
 from __future__ import annotations
