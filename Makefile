@@ -54,7 +54,7 @@ check: test-packages $(BIN)/.test-stamp
 bench: bench-packages $(BIN)/.bench-stamp
 	@$(BIN)/python -m tests.bench $(BENCH) --output $(BENCH_OUTPUT)
 
-# What the other targets made, but for .venv; `distclean` takes that as well.
+# What the other targets made, but for .venv and the extension; `distclean` takes these as well.
 .PHONY: clean
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -62,7 +62,7 @@ clean:
 
 .PHONY: distclean
 distclean: clean
-	@rm -rf .venv
+	@rm -rf .venv desfs/*.so
 
 .PHONY: run-packages
 run-packages:
