@@ -140,8 +140,8 @@ def _size(value: float) -> str:
 
 # --- the plot ----------------------------------------------------------------------------------------------------
 
-_COLOURS = ("#1b6ca8", "#7fb3d5", "#0b3954", "#9a9a9a", "#c0392b", "#e67e22", "#f1c40f", "#8e44ad", "#16a085")
-_BAR, _GAP, _LEFT, _WIDTH, _TOP = 11, 14, 190, 620, 70
+_COLOURS = ("#9a9a9a", "#1b6ca8", "#7fb3d5", "#0b3954", "#c0392b", "#e67e22", "#f1c40f", "#8e44ad", "#16a085")
+_BAR, _GAP, _LEFT, _WIDTH, _TOP = 11, 14, 210, 620, 70
 
 
 def plot(results: Results, workloads: Sequence[str]) -> str:
