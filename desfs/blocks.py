@@ -32,7 +32,7 @@ class Blocks:
     cost more than their bytes, whatever a container claims.
     """
 
-    __slots__ = ("_first", "_number", "_offset", "_rows", "start", "stop")
+    __slots__ = ("_first", "_length", "_number", "_offset", "_rows", "start", "stop")
 
     def __init__(self, index: Index) -> None:
         length = index.data_length
@@ -48,6 +48,7 @@ class Blocks:
             offset, length = index.data_offset[rows], index.data_length[rows]
         self._rows = rows
         self._offset = index.data_offset
+        self._length = index.data_length
         number = offset // np.uint64(BLOCK)
         begins = np.ones(len(number), np.bool_)
         begins[1:] = number[1:] != number[:-1]
@@ -93,6 +94,15 @@ class Blocks:
         if self._rows is not None:
             return self._rows[low:high]
         return np.arange(low, high, dtype=np.uint32)
+
+    def extent_of(self, rows: npt.NDArray[np.uint32]) -> tuple[int, int] | None:
+        """From the first to the last byte of the payloads of these rows, ascending, that are in blocks."""
+        if self._rows is not None:
+            rows = np.intersect1d(rows, self._rows, assume_unique=True)
+        if not len(rows):
+            return None
+        last = int(rows[-1])
+        return int(self._offset[int(rows[0])]), int(self._offset[last]) + int(self._length[last])
 
     def extent(self, first: int, last: int) -> tuple[int, int]:
         """The bytes of the container that hold the blocks [first, last)."""

@@ -38,6 +38,7 @@ PIECE = 4 * 1024 * 1024
 STORE_THREADS = 32
 # Pieces fetched ahead at a time; those that somebody waits for come on top.
 AHEAD = 16
+LEAST_AHEAD = 8
 
 _META = -1  # in the place of a block: META, by its first byte
 
@@ -254,7 +255,7 @@ class Fetcher:
         # Told of every piece of small payloads that has come.
         self.on_piece: Callable[[OpenContainer, Piece], None] = lambda container, piece: None
         self._ahead_running = 0
-        self._waiting: deque[Flight] = deque()  # some of them are wanted meanwhile, and have started
+        self._waiting: deque[Flight] = deque()  # those that are wanted have started, or will from the other queue
         self._wanted: deque[Flight] = deque()
         self._flights: dict[_Key, Flight] = {}
         self._nursery: trio.Nursery | None = None
@@ -391,6 +392,7 @@ class Fetcher:
         flight = Flight(keys, size, bring)
         for key in keys:
             self._flights[key] = flight
+        self._waiting.append(flight)  # here: tasks do not begin in the order in which they were started
         self._nursery.start_soon(self._fly, flight)
         return flight
 
@@ -404,9 +406,7 @@ class Fetcher:
 
     async def _fly(self, flight: Flight) -> None:
         try:
-            if not flight.wanted:
-                self._waiting.append(flight)
-                self._next_turns()
+            self._next_turns()
             await flight.go.wait()
             flight.piece = await flight.bring()
         except Exception as error:  # those who wait raise it; nobody may wait, and nothing of the mount ends with it
@@ -432,12 +432,17 @@ class Fetcher:
         while self._waiting and not self._wanted:
             flight = self._waiting[0]
             if not flight.wanted:
-                if self._ahead_running >= AHEAD or not self._has_room(flight, self._room_ahead):
+                if self._ahead_running >= self._ahead_limit() or not self._has_room(flight, self._room_ahead):
                     return
                 flight.ahead = True
                 self._ahead_running += 1
                 self._begin(flight)
             self._waiting.popleft()
+
+    def _ahead_limit(self) -> int:
+        """As many as keep the way busy, and not many more: what comes at the same time comes late, all of it."""
+        link = self.threads.meter.link()
+        return min(max(int(2 * link.latency_s * link.bandwidth / PIECE), LEAST_AHEAD), AHEAD)
 
     def _has_room(self, flight: Flight, limit: int) -> bool:
         return not self.bytes_in_flight or self.bytes_in_flight + flight.size <= limit

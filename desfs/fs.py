@@ -9,6 +9,7 @@ from __future__ import annotations
 import stat
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -42,7 +43,7 @@ from desfs.inode import (
     split_file_inode,
 )
 from desfs.levers import LEVERS
-from desfs.prefetch import Prefetcher
+from desfs.prefetch import DayShape, Prefetcher
 from desfs.problems import Problems
 from desfs.push import Batch, Pushed, Pusher
 from desfs.settings import MountSettings
@@ -253,9 +254,14 @@ class FileSystem:
         if is_directory_inode(inode) or inode == ROOT:
             raise IsADirectory(f"inode {inode:#x} is a directory")
         container, row = self._file(inode)
+        shape = self._shape_of(container)
+        return await self._current(container, self.prefetcher.read(shape, container, row, offset, size))
+
+    def _shape_of(self, container: OpenContainer) -> DayShape:
         day = self.views.day_of(container)
-        name, route = ("", ()) if day is None else (day.name, day.route)
-        return await self._current(container, self.prefetcher.read(name, route, container, row, offset, size))
+        if day is None:
+            return DayShape("", (), None, lambda path: 0)
+        return DayShape(day.name, day.route, day.tree, partial(self._directory_inode, day.name.encode()))
 
     async def xattr(self, inode: int, name: bytes) -> bytes:
         """An extended attribute. Raises: NoSuchNamespace, NoSuchAttribute; StaleInode; StoreError."""

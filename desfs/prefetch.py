@@ -1,14 +1,14 @@
 """What is read, and what is fetched and pushed because of it. Trio thread only.
 
-The decisions are those of desfs.window; here they meet the containers of a day.
+The decisions are those of desfs.window and desfs.walk; here they meet the containers of a day.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import chain
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,13 +18,19 @@ import trio
 
 from des_format.layout import EXTERNAL
 from desfs import metrics
-from desfs.blocks import LARGE_PAYLOAD
+from desfs.blocks import BLOCK, LARGE_PAYLOAD
 from desfs.fetch import PIECE, Fetcher, OpenContainer, Piece
 from desfs.large import LargePayloads
 from desfs.push import ASKED, LISTED, PUSHED, Pusher
 from desfs.store.link import Link
-from desfs.tree import Member
-from desfs.window import Accounts, Buy, Folder, Windows, rent_size
+from desfs.tree import DayTree, Member
+from desfs.walk import Order, following
+from desfs.window import Accounts, Buy, Scan, Window, rent_size
+
+_WALKS = 32  # readers of a day that are followed at a time; the one that was quiet longest is forgotten
+# Whoever walks through a day that so many windows would bring is brought all of it: in whole pieces of the containers,
+# which takes fewer requests than the directories' own pieces in the order of the walk.
+_MOST = 16
 
 
 class Stop(NamedTuple):
@@ -38,6 +44,26 @@ class Stop(NamedTuple):
 Route = tuple[Stop, ...]
 
 
+class DayShape(NamedTuple):
+    """A day as it is now. `tree` is None as long as not all of it is known; `inode` numbers its directories."""
+
+    name: str
+    route: Route
+    tree: DayTree | None
+    inode: Callable[[bytes], int]
+
+
+class _Run(NamedTuple):
+    """The files of one directory in one container: bytes [begin, end) of the container, from the position `start` of a
+    walk on."""
+
+    stop: Stop
+    folder: bytes
+    begin: int
+    end: int
+    start: int
+
+
 @dataclass(slots=True)
 class _Plan:
     """What of a container goes to the kernel when it comes: runs of blocks, but not the rows that are markers."""
@@ -46,25 +72,71 @@ class _Plan:
     markers: set[int] = field(default_factory=set)
 
 
+class _Walk:
+    """A reader, and what it walks over: runs, one behind the other, as far as they are known."""
+
+    def __init__(self, run: _Run) -> None:
+        self.runs: list[_Run] = []
+        self.known = 0
+        self.scan: Scan
+        self.is_ordered = False
+        # The run that would come next, by container and directory, in each order that the reader may follow.
+        self.steps: dict[tuple[int, bytes], Order] | None = None
+        self._places: dict[tuple[int, bytes], int] = {}
+        self._coming: Iterator[tuple[Stop, bytes, int, int]] = iter(())
+        self.add(run.stop, run.folder, run.begin, run.end)
+
+    def add(self, stop: Stop, folder: bytes, begin: int, end: int) -> None:
+        """One more run at the end."""
+        self._places[stop.container.number, folder] = len(self.runs)
+        self.runs.append(_Run(stop, folder, begin, end, self.known))
+        self.known += end - begin
+
+    def run_of(self, container: OpenContainer, folder: bytes) -> _Run | None:
+        """The run of a directory in a container."""
+        place = self._places.get((container.number, folder))
+        return None if place is None else self.runs[place]
+
+    def follow(self, coming: Iterator[tuple[Stop, bytes, int, int]]) -> None:
+        """The order is known: what comes next, to the end of the day."""
+        self._coming = coming
+        self.is_ordered = True
+
+    def know(self, position: int) -> int:
+        """How far the runs are known: up to `position`, if there are as many. No more than that is looked for."""
+        while self.known < position:
+            run = next(self._coming, None)
+            if run is None:
+                break
+            if (run[0].container.number, run[1]) not in self._places:
+                self.add(*run)
+        return self.known
+
+    def between(self, start: int, stop: int) -> Iterator[tuple[_Run, int, int]]:
+        """The runs that have positions of [start, stop), each with the bytes of its container."""
+        for run in reversed(self.runs):
+            if run.start + run.end - run.begin <= start:
+                return
+            if run.start < stop:
+                low = run.begin + max(start - run.start, 0)
+                yield run, low, min(run.end, run.begin + stop - run.start)
+
+
 class _Day:
-    """A route with positions: byte 0 of DATA of the i-th container is at bases[i]."""
+    """What is known of the readers of a day."""
 
-    def __init__(self, route: Route, max_window: int) -> None:
-        self.windows = Windows(max_window)
+    def __init__(self) -> None:
         self.accounts = Accounts()
-        self.route: Route = ()
-        self.bases: list[int] = [0]
-        self.places: dict[int, int] = {}
-        self.follow(route, max_window)
+        self.walks: deque[_Walk] = deque(maxlen=_WALKS)  # the one that was used last stands last
+        self._route: Route = ()
+        self._stops: dict[int, Stop] = {}
 
-    def follow(self, route: Route, max_window: int) -> None:
-        """Take a new route. Readers keep their place if it only got longer."""
-        if route[: len(self.route)] != self.route:
-            self.windows = Windows(max_window)
-        self.route = route
-        sizes = (stop.container.loaded.index.footer.data_length for stop in route)
-        self.bases = list(accumulate(sizes, initial=0))
-        self.places = {stop.container.slot: place for place, stop in enumerate(route)}
+    def stops(self, route: Route) -> dict[int, Stop]:
+        """The containers of a day by slot."""
+        if route is not self._route:
+            self._route = route
+            self._stops = {stop.container.slot: stop for stop in route}
+        return self._stops
 
 
 class Prefetcher:
@@ -83,9 +155,9 @@ class Prefetcher:
         fetcher.on_piece = self._came
 
     async def read(
-        self, day: str, route: Route, container: OpenContainer, row: int, offset: int, size: int
+        self, shape: DayShape, container: OpenContainer, row: int, offset: int, size: int
     ) -> bytes | memoryview:
-        """The bytes [offset, offset + size) of an entry, all of them up to the end of the file. `route` is its day's.
+        """The bytes [offset, offset + size) of an entry, all of them up to the end of the file. `shape` is its day's.
 
         Raises: CorruptEntry; ObjectReplaced and NoSuchObject when the container is not there any more; StoreError.
         """
@@ -106,8 +178,8 @@ class Prefetcher:
         begin = int(index.data_offset[row])
         block = container.blocks.of(begin)
         cached = self._fetcher.has(container, block)
-        where = self._day(day, route)
-        walks = self._look_ahead(where, container, row, cached)
+        day = self._days.setdefault(shape.name, _Day())
+        walks = self._look_ahead(day, shape, container, row, cached)
         if cached:
             metrics.CACHE_HITS.labels("memory").inc()
             return (await self._fetcher.payload(container, row))[offset:stop]
@@ -115,7 +187,7 @@ class Prefetcher:
         asked = trio.current_time()
         payload = await self._fetcher.payload(container, row)
         if not walks:
-            self._has_waited(where, container, trio.current_time() - asked)
+            self._has_waited(day, shape, container, trio.current_time() - asked)
         return payload[offset:stop]
 
     def listed(self, container: OpenContainer, rows: npt.NDArray[np.uint32]) -> None:
@@ -143,70 +215,141 @@ class Prefetcher:
 
     # --- what to fetch -------------------------------------------------------------------------------------------
 
-    def _day(self, name: str, route: Route) -> _Day:
-        day = self._days.get(name)
-        if day is None:
-            day = self._days[name] = _Day(route, self._max_window)
-        elif day.route is not route:
-            day.follow(route, self._max_window)
-        return day
-
-    def _look_ahead(self, day: _Day, container: OpenContainer, row: int, cached: bool) -> bool:
+    def _look_ahead(self, day: _Day, shape: DayShape, container: OpenContainer, row: int, cached: bool) -> bool:
         """Begin to fetch what the read announces; whether its reader walks on from what it was given before."""
         index = container.loaded.index
         link = self._fetcher.threads.meter.link()
-        place = day.places.get(container.slot)
-        if place is None:  # it has left its day, and is read by those who had its files open
+        stop = day.stops(shape.route).get(container.slot)
+        offset, length = int(index.data_offset[row]), int(index.data_length[row])
+        if stop is None:  # it has left its day, and is read by those who had its files open
             if not cached:
-                self._rent(container, int(index.data_offset[row]), link)
+                self._fetcher.fetch_ahead(container, *container.blocks.between(offset, offset + rent_size(link)))
             return False
-        base = day.bases[place] - index.footer.data_start
-        at = base + int(index.data_offset[row])
-        folder = self._folder(day.route[place], row, base)
-        window = day.windows.read(at, at + int(index.data_length[row]), folder, cached, link)
-        if window is None:
+        folder = index.name(row).rpartition(b"/")[0]
+        walk = self._walk_to(day, shape, container, folder, offset, cached)
+        if walk is None:
+            if not cached:
+                self._appear(day, stop, folder, row, link)
             return False
-        place = max(bisect_right(day.bases, window.start) - 1, 0)
+        run = walk.run_of(container, folder)
+        assert run is not None
+        at = run.start + offset - run.begin
+        known = walk.know(max(walk.scan.end, at) + walk.scan.next_size(link))
+        window = walk.scan.step(at, at + length, known, cached, link)
+        if window is not None:
+            if walk.is_ordered:
+                self._take_all(shape, walk, window)
+            self._open(walk, window)
+        return True
+
+    def _walk_to(
+        self, day: _Day, shape: DayShape, container: OpenContainer, folder: bytes, offset: int, cached: bool
+    ) -> _Walk | None:
+        """The reader whose next step is at `offset` of a container, if one is known."""
+        for walk in reversed(day.walks):
+            run = walk.run_of(container, folder)
+            if run is not None:
+                if walk.scan.is_step(run.start + offset - run.begin, cached):
+                    break
+            elif not walk.is_ordered and walk.scan.end >= walk.known:
+                coming = self._order_of(day, shape, walk, container, folder)
+                if coming is not None:
+                    walk.follow(coming)
+                    walk.know(walk.known + 1)
+                    break
+        else:
+            return None
+        day.walks.remove(walk)
+        day.walks.append(walk)
+        return walk
+
+    def _order_of(
+        self, day: _Day, shape: DayShape, walk: _Walk, container: OpenContainer, folder: bytes
+    ) -> Iterator[tuple[Stop, bytes, int, int]] | None:
+        """What comes after a walk that has gone on to a directory in a container, if that is a step in some order."""
+        if walk.steps is None:
+            walk.steps = {}
+            for order in Order:
+                first = next(self._coming(day, shape, walk.runs[-1], order), None)
+                if first is not None:
+                    walk.steps.setdefault((first[0].container.number, first[1]), order)
+        found = walk.steps.get((container.number, folder))
+        return None if found is None else self._coming(day, shape, walk.runs[-1], found)
+
+    @staticmethod
+    def _coming(day: _Day, shape: DayShape, last: _Run, order: Order) -> Iterator[tuple[Stop, bytes, int, int]]:
+        """The runs behind a run: the same directory in the next containers, then the directories that follow."""
+        tree, stops = shape.tree, day.stops(shape.route)
+        if tree is None:
+            return
+        passed = False
+        for folder in chain((last.folder,), following(tree, last.folder, order, shape.inode)):
+            for member, _ in tree.shares(folder):
+                stop = stops.get(member.slot)
+                if stop is None:
+                    continue
+                if not passed:
+                    passed = stop.container is last.stop.container
+                    continue
+                extent = stop.container.blocks.extent_of(member.folders.rows(folder))
+                if extent is not None:
+                    yield stop, folder, *extent
+            passed = True
+
+    def _appear(self, day: _Day, stop: Stop, folder: bytes, row: int, link: Link) -> None:
+        """A reader is seen for the first time."""
+        container, index = stop.container, stop.container.loaded.index
+        rows = stop.member.folders.rows(folder)
+        extent = container.blocks.extent_of(rows)
+        if extent is None:  # a file that is not shown, read by somebody who had it open
+            return
+        begin, end = extent
+        walk = _Walk(_Run(stop, folder, begin, end, 0))
+        at = int(index.data_offset[row]) - begin
+        # A listing comes from its start to its end: whoever has had the first names has had a page of them.
+        listed = bool(container.pages[int(rows[0])] & LISTED) and at < BLOCK
+        length = int(index.data_length[row])
+        walk.scan, window = Scan.begin(at, at + length, walk.known, listed, link, self._max_window)
+        day.walks.append(walk)
+        self._open(walk, window)
+
+    def _open(self, walk: _Walk, window: Window) -> None:
+        """Fetch a window, and have it pushed if its reader will need it."""
         marker = window.marker if window.push else None
-        while place < len(day.route) and day.bases[place] < window.stop:
-            each = day.route[place].container
-            base = day.bases[place] - each.loaded.index.footer.data_start
-            first, last = each.blocks.between(max(window.start, day.bases[place]) - base, window.stop - base)
-            if first < last:
-                self._fetcher.fetch_ahead(each, first, last)
+        for run, low, high in reversed(list(walk.between(window.start, window.stop))):
+            container = run.stop.container
+            first, last = container.blocks.between(low, high)
+            if first >= last:
+                continue
+            self._fetcher.fetch_ahead(container, first, last)
             if window.push:
-                plan = self._plans.setdefault(each, _Plan())
-                if first < last and marker is not None:
-                    found = each.blocks.row_at(marker - base)
+                plan = self._plans.setdefault(container, _Plan())
+                if marker is not None:
+                    found = container.blocks.row_at(max(run.begin + marker - run.start, run.begin))
                     if found is not None:
                         plan.markers.add(found)
                         marker = None
-                self._mark_for_push(each, plan, first, last)
-            place += 1
-        return window.goes_on
+                self._mark_for_push(container, plan, first, last)
+        if not window.push and walk.known < window.stop:  # a rent that goes on behind its directory
+            run = walk.runs[-1]
+            first, last = run.stop.container.blocks.between(run.end, run.end + window.stop - walk.known)
+            self._fetcher.fetch_ahead(run.stop.container, first, last)
 
-    def _rent(self, container: OpenContainer, offset: int, link: Link) -> None:
-        self._fetcher.fetch_ahead(container, *container.blocks.between(offset, offset + rent_size(link)))
+    def _take_all(self, shape: DayShape, walk: _Walk, window: Window) -> None:
+        """Fetch the rest of a day that somebody walks through, if that is not too much: the containers of the window
+        first."""
+        left = sum(self._left(stop.container) for stop in shape.route)
+        if not 0 < left <= min(self._affordable, _MOST * walk.scan.size):
+            return
+        near = [run.stop for run, _, _ in walk.between(window.start, window.stop)]
+        for stop in dict.fromkeys((*reversed(near), *shape.route)):
+            blocks = len(stop.container.blocks)
+            self._fetcher.fetch_ahead(stop.container, 0, blocks)
+            self._mark_for_push(stop.container, self._plans.setdefault(stop.container, _Plan()), 0, blocks)
 
-    @staticmethod
-    def _folder(stop: Stop, row: int, base: int) -> Folder:
-        """The directory of a row, as positions."""
-        index = stop.container.loaded.index
-        rows = stop.member.folders.rows(index.name(row).rpartition(b"/")[0])
-        if not len(rows):
-            return Folder(0, 0, False)
-        last = int(rows[-1])
-        # A listing comes from its start to its end: whoever has the last names has had them all.
-        listed = bool(stop.container.pages[int(rows[0])] & LISTED)
-        return Folder(
-            base + int(index.data_offset[rows[0]]),
-            base + int(index.data_offset[last]) + int(index.data_length[last]),
-            listed,
-        )
-
-    def _has_waited(self, day: _Day, container: OpenContainer, waited_s: float) -> None:
+    def _has_waited(self, day: _Day, shape: DayShape, container: OpenContainer, waited_s: float) -> None:
         """Rent or buy."""
-        stops = day.route if container.slot in day.places else ()
+        stops = shape.route if container.slot in day.stops(shape.route) else ()
         lefts = {stop.container.number: self._left(stop.container) for stop in stops}
         lefts.setdefault(container.number, self._left(container))
         link = self._fetcher.threads.meter.link()

@@ -314,6 +314,19 @@ class DayTree:
         kept = np.flatnonzero(shown).tolist()
         return Page([cookies[place] for place in kept], [names[place] for place in kept], shares)
 
+    def subfolders(self, path: bytes) -> list[bytes]:
+        """The names of the directories in a directory, in the order of a listing."""
+        return [name for segment in self._segments(path) for name in segment.folders if name in segment.fresh]
+
+    def has_files(self, path: bytes) -> bool:
+        """Whether a file stands directly in a directory."""
+        return any(member.folders.count(path) for member in self.members)
+
+    def shares(self, path: bytes) -> list[tuple[Member, int]]:
+        """The containers that have files directly in a directory, in the order of a listing, and how many each."""
+        found = ((member, member.folders.count(path)) for member in self.members)
+        return [(member, files) for member, files in found if files]
+
     def is_ready(self, path: bytes) -> bool:
         """False when the first page of a directory may take a while to compute: `prepare` does that, in any thread."""
         return path in self._listings or len(self._folders) < _MANY_FOLDERS

@@ -142,6 +142,11 @@ class DayView:
             self._route = tuple(sorted(stops, key=lambda stop: stop.member.ordinal))
         return self._route
 
+    @property
+    def tree(self) -> DayTree | None:
+        """The tree of the whole day, None as long as not all of its indexes have been read."""
+        return self._complete
+
     def containers(self) -> list[tuple[str, int, str, int | None]]:
         """(key, bytes, state, files) of each container that the last listing had; files of those that are open."""
         rows: list[tuple[str, int, str, int | None]] = []

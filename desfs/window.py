@@ -1,12 +1,10 @@
 """What to fetch ahead of the readers of a day: windows for those who walk forward, rent or buy for the others. Pure.
 
-Positions are bytes of the day: the DATA regions of its containers one behind the other, in the order in which a listing
-shows them. A reader who walks through the day walks forward in them.
+The positions of a reader who walks are its own: bytes of what it walks over, in its order (desfs.walk).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -21,103 +19,61 @@ _RENT_FRACTION = 0.05
 _MAX_RENT = 1024 * 1024
 # A reader may leave out some files: it still walks forward when it goes on this near.
 _STEP = 2 * BLOCK
-# Readers that are followed at a time; the one that was quiet longest is forgotten.
-_SCANS = 64
 
 
 class Window(NamedTuple):
-    """Bytes [start, stop) of the day to have in memory. The reader will need them if `push`: then they go to the
-    kernel, all but the file at `marker`, the first one that begins there or behind: reading it asks for more.
-    `goes_on` tells a reader that walks on from one that appears here."""
+    """Positions [start, stop) to have in memory. The reader will need them if `push`: then they go to the kernel, all
+    but the file at `marker`, the first one that begins there or behind: reading it asks for more."""
 
     start: int
     stop: int
     push: bool
     marker: int
-    goes_on: bool
-
-
-class Folder(NamedTuple):
-    """The directory of a file: the bytes [start, stop) of its files in the file's container, and whether somebody has
-    listed it."""
-
-    start: int
-    stop: int
-    listed: bool
 
 
 @dataclass(slots=True)
-class _Scan:
-    """One reader that walks forward: what it has been given, and what its next step will look like."""
+class Scan:
+    """One reader who may walk forward: its last window is [start, end), and `size` bytes long but for what ended it."""
 
     start: int
     end: int
     marker: int
-    size: int  # of its last window
-    folder_stop: int  # the end of the first directory; 0 once it has gone on behind it
+    size: int
+    max_window: int
 
-
-class Windows:
-    """The readers of one day. `max_window` bounds what is fetched ahead of one of them, in bytes."""
-
-    def __init__(self, max_window: int) -> None:
-        self._max_window = max_window
-        self._scans: OrderedDict[int, _Scan] = OrderedDict()
-        self._next_id = 0
-
-    def read(self, at: int, stop: int, folder: Folder, cached: bool, link: Link) -> Window | None:
-        """A file at [at, stop) is read, and what else to have now. A window contains the file if it was not `cached`.
-
-        A scan asks for the next window when its reader comes to the marker in the last one, or stands before nothing.
-        Windows double. They begin with what is on its way at a time (latency times bandwidth): less would leave the
-        reader waiting, however steadily it walks. Until it has gone on to a second directory, they end with the first.
-        """
-        found = self._scan_at(at, cached)
-        if found is None:
-            return None if cached else self._begin(at, stop, folder, link)
-        number, scan = found
-        self._scans.move_to_end(number)
-        if scan.folder_stop and at >= scan.folder_stop:
-            scan.folder_stop = 0
-        if cached and at < scan.marker:
-            return None
-        start = scan.end if cached or at < scan.end else at
-        size = min(max(2 * scan.size, _on_its_way(link)), self._max_window)
-        end = max(start + size, stop)
-        if scan.folder_stop:
-            end = max(min(end, folder.stop), stop)
-        if end <= start:
-            return None  # the directory's end: the next step tells
-        if start == at and not cached:
-            # The reader waits for the first file of the window: the second one is the marker.
-            marker = stop
-        else:
-            marker = start
-        scan.start, scan.end, scan.marker, scan.size = min(scan.marker, at), end, marker, max(size, scan.size)
-        return Window(start, end, True, marker, True)
-
-    def _scan_at(self, at: int, cached: bool) -> tuple[int, _Scan] | None:
-        for number in reversed(self._scans):
-            scan = self._scans[number]
-            # Inside of what was given: in the kernel's memory for the most part, so few such reads are seen at all.
-            if cached and scan.marker <= at < scan.end:
-                if at - scan.marker <= _STEP:
-                    return number, scan
-            elif scan.end - BLOCK <= at <= scan.end + _STEP:
-                return number, scan
-        return None
-
-    def _begin(self, at: int, stop: int, folder: Folder, link: Link) -> Window:
-        rent = rent_size(link)
-        # Whoever has listed a directory and then reads its first file reads the others too, most often.
-        whole = folder.listed and at - folder.start < BLOCK
-        size = min(max(_on_its_way(link), rent), max(folder.stop - at, rent), self._max_window) if whole else rent
+    @classmethod
+    def begin(cls, at: int, stop: int, known: int, announced: bool, link: Link, max_window: int) -> tuple[Scan, Window]:
+        """A reader appears with a file at [at, stop) that is not in memory, in a directory that ends at `known`. It is
+        `announced` when the directory was listed before, and this is its first file: such a reader reads the others
+        too, most often. Any other one gets what costs nothing."""
+        size = rent_size(link)
+        if announced:
+            size = min(max(_on_its_way(link), size), max(known - at, size), max_window)
         end = max(at + size, stop)
-        self._next_id += 1
-        self._scans[self._next_id] = _Scan(at, end, stop, size, folder.stop)
-        if len(self._scans) > _SCANS:
-            self._scans.popitem(last=False)
-        return Window(at, end, whole, stop, False)
+        return cls(at, end, stop, size, max_window), Window(at, end, announced, stop)
+
+    def is_step(self, at: int, cached: bool) -> bool:
+        """Whether a read at `at` is this reader's: at the marker, before nothing, or at what was lost again."""
+        if cached and self.marker <= at < self.end:
+            return at - self.marker <= _STEP
+        return self.end - BLOCK <= at <= self.end + _STEP or (not cached and self.start < at < self.end)
+
+    def next_size(self, link: Link) -> int:
+        """How long the next window will be. Windows double. From the second on they have what is on its way at a time
+        (latency times bandwidth): less would leave the reader waiting, however steadily it walks."""
+        return min(max(2 * self.size, _on_its_way(link)), self.max_window)
+
+    def step(self, at: int, stop: int, known: int, cached: bool, link: Link) -> Window | None:
+        """The reader is at [at, stop): the next window. It ends at `known` at the latest: nobody knows where the reader
+        goes on from there. None if it has that already."""
+        start = self.end if cached else at
+        size = self.next_size(link)
+        end = max(min(start + size, known), stop)
+        if end <= start:
+            return None
+        # A reader that waits for the first file of its window meets the marker with the second one.
+        self.start, self.end, self.size, self.marker = start, end, size, start if cached else stop
+        return Window(start, end, True, self.marker)
 
 
 def _on_its_way(link: Link) -> int:
