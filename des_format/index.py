@@ -27,6 +27,9 @@ _FIXED = NAME_LENGTH.size + RECORD.size
 # At a time: bounds the temporary arrays, which have up to nine bytes for one of a name, to a few dozen MB.
 _CHUNK = 1 << 17  # records
 _CHUNK_BYTES = 1 << 20  # of their names
+# Records whose names have one length are parsed together; fewer would not be worth the dozen array operations.
+_RUN = 32
+_ONE_BY_ONE = 256  # records, before another run is looked for
 _KEPT = MAX_PATH + 1  # bytes of a name: one that is too long for a path is never shown, and its end never looked at
 _MAX_FILE = 2**63 - 1  # st_size is signed
 
@@ -278,11 +281,18 @@ def _record_starts(
     found = array("q")
     append = found.append
     position, last = 0, len(raw) - _FIXED
-    for _ in repeat(None, footer.file_count):
-        if position > last:
-            break
-        append(position)
-        position += _FIXED + (raw[position] | raw[position + 1] << 8)
+    while position <= last and len(found) < footer.file_count:
+        run = _equal_records(raw, position, min(footer.file_count - len(found), _CHUNK))
+        if run >= _RUN:
+            length = _FIXED + (raw[position] | raw[position + 1] << 8)
+            found.frombytes(np.arange(position, position + run * length, length, dtype=np.int64).tobytes())
+            position += run * length
+            continue
+        for _ in repeat(None, min(footer.file_count - len(found), _ONE_BY_ONE)):
+            if position > last:
+                break
+            append(position)
+            position += _FIXED + (raw[position] | raw[position + 1] << 8)
     if len(found) < footer.file_count or position != len(raw):
         raise NotAContainer(
             f"{container}: INDEX at byte {footer.index_start}: found {len(found)} records that end at byte "
@@ -293,6 +303,21 @@ def _record_starts(
     return bounds[:-1], np.diff(bounds) - _FIXED
 
 
+def _equal_records(raw: bytes | bytearray | memoryview, position: int, limit: int) -> int:
+    """How many records, from the one at `position` on, have names as long as its own."""
+    length = _FIXED + (raw[position] | raw[position + 1] << 8)
+    count = min((len(raw) - _FIXED - position) // length + 1, limit)
+    lengths: npt.NDArray[np.uint16] = np.ndarray((count,), "<u2", raw, position, (length,))
+    same = lengths == lengths[0]
+    return count if same.all() else int(same.argmin())
+
+
+def _runs(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Row ranges of names of one length; none if they are too short to be treated as a whole each."""
+    changes = np.flatnonzero(lengths[1:] != lengths[:-1]) + 1
+    return list(pairwise([0, *changes.tolist(), len(lengths)])) if len(changes) * _RUN <= len(lengths) else []
+
+
 def _gather(
     raw: Bytes1, starts: npt.NDArray[np.int64], name_lengths: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.void], bytes]:
@@ -301,12 +326,20 @@ def _gather(
     records = np.empty(count, _RECORD_DTYPE)
     if count == 0:
         return records, b""
-    # A structured view with a stride of one byte: element i is the record whose fixed part begins at byte i.
-    anywhere: npt.NDArray[np.void] = np.ndarray((len(raw) - RECORD.size + 1,), _RECORD_DTYPE, raw.data, strides=(1,))
+    # A view with a stride of one byte: element i is the record whose fixed part begins at byte i. Without the fields,
+    # which numpy would copy one by one.
+    fixed = f"V{RECORD.size}"
+    anywhere: npt.NDArray[np.void] = np.ndarray((len(raw) - RECORD.size + 1,), fixed, raw.data, strides=(1,))
     names = []
     for low, high in _chunks(np.append(starts, len(raw))):
         begin, lengths = starts[low:high], name_lengths[low:high]
-        records[low:high] = anywhere[begin + NAME_LENGTH.size + lengths]
+        records.view(fixed)[low:high] = anywhere[begin + NAME_LENGTH.size + lengths]
+        if runs := _runs(lengths):
+            for first, stop in runs:
+                size = _FIXED + int(lengths[first])
+                table = raw[begin[first] :][: (stop - first) * size].reshape(-1, size)
+                names.append(table[:, NAME_LENGTH.size : -RECORD.size][:, :_KEPT].tobytes())
+            continue
         kept = np.minimum(lengths, _KEPT)
         widths = np.empty((high - low, 3), np.int64)
         widths[:, 0], widths[:, 1], widths[:, 2] = NAME_LENGTH.size, kept, lengths - kept + RECORD.size
@@ -348,11 +381,19 @@ def _states(records: npt.NDArray[np.void], footer: Footer) -> Bytes1:
 
 
 def _hashes(names: bytes, offsets: Offsets) -> npt.NDArray[np.uint64]:
-    digest = xxhash.xxh3_64_intdigest
+    digest = xxhash.xxh3_64_digest
     hashes = np.empty(len(offsets) - 1, np.uint64)
     for low, high in _chunks(offsets):  # a list of all offsets would be the largest thing in memory
-        bounds = offsets[low : high + 1].tolist()
-        hashes[low:high] = [digest(names[start:stop]) for start, stop in pairwise(bounds)]
+        bounds = offsets[low : high + 1].astype(np.int64)
+        lengths = np.diff(bounds)
+        digests: list[bytes] = []
+        for first, stop in _runs(lengths) if lengths.all() else []:
+            # Element i of the array is a name: all are cut out at once.
+            piece = names[bounds[first] : bounds[stop]]
+            digests += map(digest, np.frombuffer(piece, f"V{lengths[first]}").tolist())
+        if not digests:
+            digests = [digest(names[start:stop]) for start, stop in pairwise(bounds.tolist())]
+        hashes[low:high] = np.frombuffer(b"".join(digests), ">u8")  # the canonical form of a digest
     return hashes
 
 

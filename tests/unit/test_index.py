@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from des_format import CorruptEntry, Entry, Index, NoSuchEntry, NotAContainer, UnsupportedEntry
@@ -261,6 +261,45 @@ def test_more_records_than_are_gathered_at_once() -> None:
     assert len(index) == count
     for number in (0, 1, 131_071, 131_072, 131_073, count - 1):
         assert index.entry(index.find_shown(f"{number:x}")).data_offset == 16 + number
+
+
+LENGTHS = st.sampled_from([0, 1, 2, 3, 12, 12, 12, 255, 300, 4095, 4096, 4097])
+
+
+@given(
+    st.lists(st.tuples(LENGTHS, st.integers(1, 80), st.sampled_from([b"x", b"\0", b"/"])), max_size=6),
+    st.sampled_from([-1, 0, 0, 0, 1]),
+    st.sampled_from([0, 0, 0, 1, 40]),
+)
+@settings(deadline=None)
+def test_stretches_of_names_of_one_length(runs: list[tuple[int, int, bytes]], more: int, behind: int) -> None:
+    """They are parsed together, which nobody can see: each record is where it is and what it is."""
+    names = [
+        (b"%d" % number).ljust(length, filler)[:length] for length, count, filler in runs for number in range(count)
+    ]
+    raw = build([Item(name, b"x", b"") for name in names], gaps=(b"", b"", b"", b"\xff" * behind))
+    footer = footer_of(raw)._replace(
+        file_count=max(len(names) + more, 0), index_length=footer_of(raw).index_length + behind
+    )
+    region = raw[footer.index_start :][: footer.index_length]
+    if behind or footer.file_count != len(names):
+        with pytest.raises(NotAContainer) as caught:
+            Index(region, footer, "f.des")
+        position, found = 0, 0
+        while found < footer.file_count and position <= len(region) - 38:
+            position += 38 + int.from_bytes(region[position : position + 2], "little")
+            found += 1
+        assert f"found {found} records that end at byte {footer.index_start + position}," in str(caught.value)
+        return
+    index = Index(region, footer, "f.des")
+    assert [index.name(row) for row in range(index.rows)] == [name[:4096] for name in names]
+    assert index.data_offset.tolist() == list(range(16, 16 + len(names)))
+    assert index.data_length.tolist() == [1] * len(names)
+    findable = {name: row for row, name in enumerate(names) if name_problem(name) is None}
+    hashes, rows = index.hashes
+    assert sorted(zip(hashes.tolist(), rows.tolist(), strict=True)) == sorted(
+        (xxhash.xxh3_64_intdigest(name), row) for name, row in findable.items()
+    )
 
 
 # --- ranges ------------------------------------------------------------------------------------------------------
