@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -190,25 +190,37 @@ class _Connection:
         status = _status(answer)
         time.sleep(self._delay_s)
         bare = method == b"HEAD" or status in (204, 304)
-        length = 0 if bare else int(received.get(b"content-length", 0))
+
+        def count(length: int) -> None:
+            self._counter.add(_request(method, target, status, length))
+
         if bare:
+            count(0)
             self._client.socket.sendall(answer)
         else:
-            length = self._forward(self._upstream, self._client, received, answer)
-        self._counter.add(_request(method, target, status, length))
+            self._forward(self._upstream, self._client, received, answer, count)
         closes = b"close" in received.get(b"connection", b"") or b"close" in headers.get(b"connection", b"")
         return not closes
 
-    def _forward(self, source: _Stream, target: _Stream, headers: dict[bytes, bytes], before: bytes = b"") -> int:
-        """Forward a body, after the bytes in `before`; its length."""
+    def _forward(
+        self,
+        source: _Stream,
+        target: _Stream,
+        headers: dict[bytes, bytes],
+        before: bytes = b"",
+        count: Callable[[int], None] = lambda length: None,
+    ) -> None:
+        """Forward a body, after the bytes in `before`. `count` is told its length before the target has all of it: who
+        has got an answer finds it counted."""
         if b"chunked" in headers.get(b"transfer-encoding", b"").lower():
-            return self._forward_chunks(source, target, before)
+            self._forward_chunks(source, target, before, count)
+            return
         length = int(headers.get(b"content-length", 0))
+        count(length)
         ahead, source.ahead = source.ahead[:length], source.ahead[length:]
         if before or ahead:
             target.socket.sendall(before + ahead)
         self._splice(source, target, length - len(ahead))
-        return length
 
     def _splice(self, source: _Stream, target: _Stream, length: int) -> None:
         reader, writer = self._pipe
@@ -220,7 +232,7 @@ class _Connection:
             while moved:
                 moved -= os.splice(reader, target.socket.fileno(), moved)
 
-    def _forward_chunks(self, source: _Stream, target: _Stream, before: bytes) -> int:
+    def _forward_chunks(self, source: _Stream, target: _Stream, before: bytes, count: Callable[[int], None]) -> None:
         length = 0
         pieces = [before]
         while True:
@@ -237,8 +249,8 @@ class _Connection:
             self._splice(source, target, wanted - len(ahead))
         while (trailer := source.line()) != b"\r\n":
             pieces.append(trailer)
+        count(length)
         target.socket.sendall(b"".join((*pieces, trailer)))
-        return length
 
 
 def _headers(head: bytes) -> dict[bytes, bytes]:
