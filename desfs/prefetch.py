@@ -147,7 +147,7 @@ class Prefetcher:
         self.pusher: Pusher | None = None
         self._fetcher = fetcher
         self._max_window = max(min(max_prefetch, memory // 4), PIECE)
-        self._affordable = memory * 9 // 16  # three quarters of what the cache holds: the rest is for the readers
+        self._affordable = memory * 5 // 8  # the rest is for other readers, and for what is on its way
         self._large = LargePayloads(fetcher, self._max_window)
         self._days: dict[str, _Day] = {}
         self._plans: WeakKeyDictionary[OpenContainer, _Plan] = WeakKeyDictionary()

@@ -22,7 +22,6 @@ from desfs.inode import file_inode
 
 log = structlog.get_logger(__name__)
 
-_QUEUE = 64 * 1024 * 1024  # bytes of pieces that may wait
 _BATCH = 256  # files in one call: about 2 ms, after which the thread sees that it has to stop
 
 # What we know of the kernel and a row: bits of OpenContainer.pages.
@@ -55,7 +54,9 @@ StorePages = Callable[[Batch], Pushed]
 class Pusher:
     """The thread and its queue. `push` may be called from any thread."""
 
-    def __init__(self, store_pages: StorePages) -> None:
+    def __init__(self, store_pages: StorePages, max_queued: int) -> None:
+        """`max_queued` bounds the pieces that wait, in bytes: the cache may have forgotten them."""
+        self._max_queued = max_queued
         self._store_pages = store_pages
         self._queue: deque[tuple[OpenContainer, Piece, list[int]]] = deque()
         self._queued = 0
@@ -78,7 +79,7 @@ class Pusher:
         """Queue the payloads of rows that are in a piece."""
         size = len(piece.data)
         with self._changed:
-            if self._stopping or self._queued + size > _QUEUE:
+            if self._stopping or self._queued + size > self._max_queued:
                 metrics.PAGES_PUSHED.labels("dropped").inc(len(rows))
                 return
             self._queued += size

@@ -18,7 +18,9 @@ _BANDWIDTH = 100e6
 
 _SMALL = 256 * 1024  # bytes: an answer up to this size tells the latency, where nobody knows when its headers came
 _ENOUGH = 512 * 1024  # bytes: what came together tells the bandwidth from this size on
-_PERIOD_S = 0.1  # how long one measurement of the bandwidth lasts at most
+_PERIOD_S = 0.1  # while requests go on, the bandwidth is known after so long
+_LONGEST_S = 5.0
+_PERIODS = 8  # whose bandwidths are kept; the highest is what the way can do: the others had less to carry
 _KEPT = 64  # latencies: the least of the last ones is what the way takes when nothing is in it
 
 
@@ -40,15 +42,17 @@ class LinkMeter:
         self._clock = clock
         self._lock = threading.Lock()
         self._latencies: deque[float] = deque(maxlen=_KEPT)
-        self._bandwidth: float | None = None
+        self._bandwidths: deque[float] = deque(maxlen=_PERIODS)
         self._running = 0
+        # The period in which at least one request has been running, without a break.
         self._began_s = 0.0
         self._bytes = 0
+        self._is_new = True
 
     def link(self) -> Link:
         """What has been measured so far."""
         with self._lock:
-            return Link(self._latency(), self._bandwidth or _BANDWIDTH)
+            return Link(self._latency(), max(self._bandwidths, default=_BANDWIDTH))
 
     def _latency(self) -> float:
         return min(self._latencies, default=_LATENCY_S)
@@ -60,7 +64,7 @@ class LinkMeter:
         started = self._clock()
         with self._lock:
             if not self._running:
-                self._began_s, self._bytes = started, 0
+                self._begin(started)
             self._running += 1
         try:
             yield answered
@@ -83,10 +87,18 @@ class LinkMeter:
         lasted = ended - self._began_s
         if self._bytes < _ENOUGH or (self._running and lasted < _PERIOD_S):
             return
-        # A clock that is a little off must not make a short measurement a large one.
-        seen = self._bytes / max(lasted - self._latency(), lasted / 4, 1e-4)
-        self._bandwidth = seen if self._bandwidth is None else (self._bandwidth + seen) / 2
-        self._began_s, self._bytes = ended, 0
+        # The first bytes came after the latency. A clock that is a little off must not make much of a short period.
+        seen = self._bytes / max(lasted - self._latency(), lasted / 2, 1e-4)
+        if self._is_new:
+            self._bandwidths.append(seen)
+        else:
+            self._bandwidths[-1] = seen  # the same period, and more of it
+        self._is_new = False
+        if lasted > _LONGEST_S:  # what is on its way now counts for the next one: little, of so much
+            self._begin(ended)
+
+    def _begin(self, now: float) -> None:
+        self._began_s, self._bytes, self._is_new = now, 0, True
 
 
 class Measured:
