@@ -15,13 +15,14 @@ its checksum tells.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import structlog
@@ -44,6 +45,7 @@ _LOOK = 32  # all files are looked at when a process has written so small a part
 _SHRINK = 3 / 4  # of what is there, when the disk is full in spite of all
 _FREE = 0.05  # of the disk that stays free
 _RETRY_S = 60.0  # how long the folder is left alone after it failed
+_COUNT_S = 0.5  # how long a put waits for the first look at all files: so long it takes with 100,000 of them
 _WARN_S = 3600.0  # how long a disk that is full again and again is not warned of again
 _TEMPORARY_S = 3600.0  # a file that somebody is writing is younger
 # An index is a hundredth of its container's bytes and spares every start of a mount a round trip: between blocks that
@@ -84,6 +86,8 @@ class CacheFolder:
         self._base = os.path.join(self.path, LAYOUT)
         self._problems = problems
         self._clock = clock
+        # The names of indexes that somebody has mapped: none of them is one that was used long ago.
+        self.indexes_in_use: Callable[[], Iterable[str]] = tuple
         self._lock = threading.Lock()
         self._counted = threading.Event()
         self._due = False
@@ -129,7 +133,8 @@ class CacheFolder:
         """Whether so many bytes may be written now; they count from then on."""
         if self._clock() < self._off_until["write"]:
             return False
-        self._counted.wait()
+        if not self._counted.wait(_COUNT_S):
+            return False
         missing = self._missing_on_disk(size)
         with self._lock:
             due = self._used + size > self.max_bytes * _HIGH or self._written + size > self.max_bytes // _LOOK
@@ -199,6 +204,9 @@ class CacheFolder:
                 self._written = 0
                 shrink, self._shrink = self._shrink, False
                 wanted, self._wanted = self._wanted, 0
+            for name in self.indexes_in_use():
+                with contextlib.suppress(OSError):  # evicted all the same, or a disk that can only be read
+                    os.utime(self.file(INDEX, name))
             units = sorted(self._units())
             used = sum(unit.size for unit in units)
             target: float = used

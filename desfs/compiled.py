@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
@@ -78,6 +79,8 @@ class CompiledIndexes:
 
     def __init__(self, folder: CacheFolder) -> None:
         self._folder = folder
+        self._in_use: WeakValueDictionary[str, npt.NDArray[Any]] = WeakValueDictionary()
+        folder.indexes_in_use = lambda: list(self._in_use.keys())
 
     def get(self, version: ObjectVersion) -> Compiled | None:
         """The columns of a container's version, in mapped memory; None if they are not kept, or damaged."""
@@ -89,7 +92,11 @@ class CompiledIndexes:
                 pass
             except OSError as error:
                 self._folder.failed("read", error)
-        (_MISSES if compiled is None else _HITS).inc()
+        if compiled is None:
+            _MISSES.inc()
+        else:
+            _HITS.inc()
+            self._in_use[_name(version)] = compiled.index.state
         return compiled
 
     def put(self, version: ObjectVersion, compiled: Compiled) -> None:
@@ -108,10 +115,11 @@ class CompiledIndexes:
             self._folder.failed("write", error)
             return
         self._folder.succeeded()
+        self._in_use[_name(version)] = compiled.index.state
         _WRITTEN.inc(size)
 
     def _load(self, version: ObjectVersion) -> Compiled | None:
-        name = f"{identity(version)[0]}.idx"
+        name = _name(version)
         descriptor = self._folder.open(INDEX, name, os.O_RDONLY)
         try:
             size = os.fstat(descriptor).st_size
@@ -139,7 +147,7 @@ class CompiledIndexes:
                     at = 0
                     while at < len(piece):
                         at += file.write(piece[at:])
-            os.rename(self._folder.file(INDEX, temporary), self._folder.file(INDEX, f"{digest}.idx"))
+            os.rename(self._folder.file(INDEX, temporary), self._folder.file(INDEX, _name(version)))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(self._folder.file(INDEX, temporary))
@@ -248,6 +256,10 @@ def _from_table(version: ObjectVersion, raw: npt.NDArray[np.uint8], length: int)
     paths = [bytes(path) for path in _unpacked(arrays, "folders.paths")]
     folders = Folders.from_columns(paths, arrays["folders.rows"], arrays["folders.starts"])
     return Compiled(index, meta, folders, table.problems)
+
+
+def _name(version: ObjectVersion) -> str:
+    return f"{identity(version)[0]}.idx"
 
 
 def _rounded(size: int) -> int:

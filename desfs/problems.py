@@ -1,4 +1,5 @@
-"""What is wrong in the store, for `/.desfs/problems`: nothing that is left out or refused stays unsaid."""
+"""What is wrong in the store, or with a cache, for `/.desfs/problems`: nothing that is left out or refused stays
+unsaid."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class Problems:
                 return
             self._lines[about, what] = None
         metrics.PROBLEMS.inc()
-        log.warning("problem in the store", about=about, problem=what)
+        log.warning("problem", about=about, problem=what)
 
     def clear(self, about: str) -> None:
         """Forget what was noted of a thing that is not there any more."""

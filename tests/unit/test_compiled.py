@@ -271,6 +271,22 @@ def test_indexes_make_room_for_each_other_and_count(tmp_path: Path) -> None:
     assert_same(cache.get(VERSION._replace(etag="29")), parsed(many(2000)))
 
 
+def test_an_index_that_is_in_use_stays(tmp_path: Path) -> None:
+    """docs/operations.md: What was used longest ago goes first; what a mount has open is in use."""
+    cache = indexes(tmp_path, 2 * MB)
+    cache.put(VERSION, parsed(many(2000)))
+    held, dropped = cache.get(VERSION), VERSION._replace(etag="dropped")
+    cache.put(dropped, parsed(many(2000)))
+    for path in tmp_path.rglob("*.idx"):
+        os.utime(path, (1, 1))
+    for number in range(30):
+        cache.put(VERSION._replace(etag=str(number)), parsed(many(2000)))
+        cache._folder.wait_idle()
+    assert cache.get(dropped) is None
+    assert_same(cache.get(VERSION), parsed(many(2000)))
+    assert held is not None
+
+
 def test_a_text_that_cannot_be_kept(tmp_path: Path) -> None:
     cache = indexes(tmp_path)
     cache.put(VERSION, parsed(many(3), ("\udc80",)))
