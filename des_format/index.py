@@ -30,6 +30,7 @@ _CHUNK_BYTES = 1 << 20  # of their names
 # Records whose names have one length are parsed together; fewer would not be worth the dozen array operations.
 _RUN = 32
 _ONE_BY_ONE = 256  # records, before another run is looked for
+_HASHED = 8192  # names: lists of them and of their digests are far larger than they are
 _KEPT = MAX_PATH + 1  # bytes of a name: one that is too long for a path is never shown, and its end never looked at
 _MAX_FILE = 2**63 - 1  # st_size is signed
 
@@ -351,13 +352,13 @@ def _gather(
     return records, b"".join(names)
 
 
-def _chunks(bounds: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most `_CHUNK` rows and, but for a single row, `_CHUNK_BYTES` bytes; row i has the bytes from
+def _chunks(bounds: npt.NDArray[Any], most: int = _CHUNK) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most `most` rows and, but for a single row, `_CHUNK_BYTES` bytes; row i has the bytes from
     bounds[i] to bounds[i + 1]."""
     low, count = 0, len(bounds) - 1
     while low < count:
         fitting = int(np.searchsorted(bounds, int(bounds[low]) + _CHUNK_BYTES, "right")) - 1
-        high = max(min(fitting, low + _CHUNK, count), low + 1)
+        high = max(min(fitting, low + most, count), low + 1)
         yield low, high
         low = high
 
@@ -386,7 +387,7 @@ def _states(records: npt.NDArray[np.void], footer: Footer) -> Bytes1:
 def _hashes(names: bytes, offsets: Offsets) -> npt.NDArray[np.uint64]:
     digest = xxhash.xxh3_64_digest
     hashes = np.empty(len(offsets) - 1, np.uint64)
-    for low, high in _chunks(offsets):  # a list of all offsets would be the largest thing in memory
+    for low, high in _chunks(offsets, _HASHED):
         bounds = offsets[low : high + 1].astype(np.int64)
         lengths = np.diff(bounds)
         digests: list[bytes] = []
