@@ -1,59 +1,30 @@
-"""docs/architecture.md, The read path: single flight, verification, bounds."""
+"""docs/architecture.md, The read path: single flight, verification, bounds, the disk cache."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 import trio
-import trio.lowlevel
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from des_format import CorruptEntry, DesWriter
-from desfs.container import load_container
-from desfs.errors import DesfsError, NoSuchObject, ObjectReplaced, StoreUnavailable
-from desfs.fetch import (
-    BLOCK,
-    LARGE_PAYLOAD,
-    MAX_REQUEST,
-    BlockCache,
-    ByteBudget,
-    Fetcher,
-    OpenContainer,
-    StoreThreads,
-)
+from desfs.blocks import BLOCK
+from desfs.disk_cache import DiskCache, ObjectVersion
+from desfs.errors import DeadlineExceeded, DesfsError, NoSuchObject, ObjectReplaced, StoreUnavailable
+from desfs.fetch import LEAST_AHEAD, PIECE, SMALL, Fetcher, Piece, PieceCache, StoreThreads
 from desfs.problems import Problems
-from desfs.store import file as file_store
-from tests.mount.stores import WatchedStore, meta_of, put_container
+from desfs.store.file import FileStore
+from tests.mount.stores import WatchedStore, put_container
+from tests.unit.opened import KEY, Gate, World, until
 
-KEY = "2026-11-20/0.des"
 FILES = {f"f{n:02d}": Random(n).randbytes(1000 + n) for n in range(20)}
-
-
-class World:
-    """A store with one container that is open, and a fetcher."""
-
-    def __init__(self, root: Path, cache_bytes: int = 1 << 20) -> None:
-        self.root = root
-        self.store = WatchedStore(file_store.FileStore(root))
-        self.problems = Problems()
-        self.fetcher = Fetcher(StoreThreads(self.store), self.problems, cache_bytes)
-        (info,) = self.store.list(KEY.rpartition("/")[0] + "/", delimiter=True).objects
-        self.container = OpenContainer(load_container(self.store, info), 7)
-        self.store.calls.clear()
-
-    def row(self, name: str) -> int:
-        return self.container.loaded.index.find_shown(name)
-
-    async def read(self, name: str, offset: int = 0, size: int = 1 << 30) -> bytes:
-        return bytes(await self.fetcher.read(self.container, self.row(name), offset, size))
-
-    def gets(self) -> int:
-        return len(self.store.keys("get"))
+# A block each.
+APART = {f"f{n:02d}": Random(n).randbytes(BLOCK) for n in range(12)}
 
 
 @pytest.fixture
@@ -62,146 +33,10 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        with trio.fail_after(30):
-            await main()
-
-    trio.run(bounded)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - of a thread, which sets no trio.Event
-        await trio.sleep(0.001)
-
-
-def test_one_get_brings_a_file_and_its_neighbours(world: World) -> None:
-    """A single cold read fetches its file and a small neighbourhood."""
-
-    async def main() -> None:
-        assert await world.read("f03") == FILES["f03"]
-        for name in sorted(FILES)[3:]:
-            assert await world.read(name) == FILES[name]
-        assert world.gets() == 1
-        assert await world.read("f00", 10, 20) == FILES["f00"][10:30]
-        assert world.gets() == 2
-
-    run(main)
-
-
-@given(offset=st.integers(0, 1100), size=st.integers(0, 1100))
-def test_a_read_gives_every_byte_up_to_the_end(
-    offset: int, size: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """A short READ reply is padded with zeros by the kernel: every byte up to the end of the file."""
-    root = tmp_path_factory.getbasetemp() / "reads"
-    if not root.exists():
-        put_container(root / KEY, FILES)
-    world = World(root)
-
-    async def main() -> None:
-        assert await world.read("f05", offset, size) == FILES["f05"][offset : offset + size]
-
-    run(main)
-
-
-def test_ten_readers_make_one_get(world: World) -> None:
-    """Single flight: ten readers of one block make one GET, and readers of its neighbours wait for it as well."""
-    go = threading.Event()
-
-    def wait(method: str, key: str) -> None:
-        go.wait(20)
-
-    world.store.before = wait
-    found: list[bytes] = []
-
-    async def reader(name: str) -> None:
-        found.append(await world.read(name))
-
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            for _ in range(10):
-                nursery.start_soon(reader, "f00")
-            await until(lambda: world.store.running == 1)
-            nursery.start_soon(reader, "f09")
-            await trio.testing.wait_all_tasks_blocked(0.01)
-            go.set()
-
-    run(main)
-    assert world.gets() == 1
-    assert sorted(found) == sorted([FILES["f00"]] * 10 + [FILES["f09"]])
-
-
-def test_when_the_leader_is_cancelled_one_of_the_others_leads(world: World) -> None:
-    """A cancelled leader wakes its followers, and one of them leads again."""
-    first, go = threading.Event(), threading.Event()
-
-    def before(method: str, key: str) -> None:
-        if not first.is_set():
-            first.set()
-            go.wait(20)
-
-    world.store.before = before
-    found: list[bytes] = []
-
-    async def follower() -> None:
-        found.append(await world.read("f00"))
-
-    async def main() -> None:
-        leader = trio.CancelScope()
-
-        async def lead() -> None:
-            with leader:
-                await world.read("f00")
-                raise AssertionError("the leader was not cancelled")
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(lead)
-            await until(first.is_set)
-            for _ in range(3):
-                nursery.start_soon(follower)
-            await trio.testing.wait_all_tasks_blocked(0.01)
-            leader.cancel()
-            await until(lambda: len(found) == 3)
-            go.set()
-
-    run(main)
-    assert found == [FILES["f00"]] * 3
-    assert world.gets() == 2
-
-
-def test_an_error_reaches_everybody_who_waited_and_nobody_after(world: World) -> None:
-    go = threading.Event()
-
-    def fail(method: str, key: str) -> None:
-        go.wait(20)
-        raise StoreUnavailable("down")
-
-    world.store.before = fail
-    errors: list[Exception] = []
-
-    async def reader() -> None:
-        try:
-            await world.read("f00")
-        except DesfsError as error:
-            errors.append(error)
-
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            for _ in range(5):
-                nursery.start_soon(reader)
-            await until(lambda: world.store.running == 1)
-            await trio.testing.wait_all_tasks_blocked(0.01)
-            go.set()
-        assert [str(error) for error in errors] == ["down"] * 5
-        assert world.gets() == 1
-        world.store.before = lambda method, key: None
-        assert await world.read("f00") == FILES["f00"]
-
-    run(main)
-
-
-# --- verification ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def apart(tmp_path: Path) -> World:
+    put_container(tmp_path / KEY, APART)
+    return World(tmp_path, max_gap=0)
 
 
 def damage(world: World, name: str, times: int) -> None:
@@ -213,10 +48,257 @@ def damage(world: World, name: str, times: int) -> None:
     def change(method: str, key: str, data: bytes) -> bytes:
         if payload in data and left[0]:
             left[0] -= 1
-            return data.replace(payload, b"\0" + payload[1:] if payload[0] else b"\1" + payload[1:])
+            return data.replace(payload, bytes([payload[0] ^ 1]) + payload[1:])
         return data
 
     world.store.change = change
+
+
+# --- single flight -----------------------------------------------------------------------------------------------
+
+
+def test_a_block_comes_in_one_get_for_all_that_is_in_it(world: World) -> None:
+    async def main() -> None:
+        for name, data in FILES.items():
+            assert await world.payload(name) == data
+        assert world.gets() == 1
+
+    world.run(main)
+
+
+def test_ten_readers_make_one_get(world: World) -> None:
+    """Single flight: ten readers of one block make one GET, and readers of its neighbours wait for it as well."""
+    world.store.before = gate = Gate()
+    found: list[bytes] = []
+
+    async def reader(name: str) -> None:
+        found.append(await world.payload(name))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(reader, "f00")
+            await until(lambda: gate.waiting == 1)
+            nursery.start_soon(reader, "f09")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            gate.open()
+
+    world.run(main)
+    assert world.gets() == 1
+    assert sorted(found) == sorted([FILES["f00"]] * 10 + [FILES["f09"]])
+
+
+def test_a_reader_that_is_cancelled_leaves_the_fetch_to_the_others(world: World) -> None:
+    world.store.before = gate = Gate()
+    found: list[bytes] = []
+
+    async def follower() -> None:
+        found.append(await world.payload("f00"))
+
+    async def main() -> None:
+        first = trio.CancelScope()
+
+        async def lead() -> None:
+            with first:
+                await world.payload("f00")
+                raise AssertionError("the first reader was not cancelled")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lead)
+            await until(lambda: gate.waiting == 1)
+            for _ in range(3):
+                nursery.start_soon(follower)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            first.cancel()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            gate.open()
+
+    world.run(main)
+    assert found == [FILES["f00"]] * 3
+    assert world.gets() == 1
+
+
+def test_an_error_reaches_everybody_who_waited_and_the_next_read_tries_again(world: World) -> None:
+    gate = Gate()
+
+    def fail(method: str, key: str) -> None:
+        gate(method, key)
+        raise StoreUnavailable("down")
+
+    world.store.before = fail
+    errors: list[str] = []
+
+    async def reader() -> None:
+        try:
+            await world.payload("f00")
+        except DesfsError as error:
+            errors.append(str(error))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(reader)
+            await until(lambda: gate.waiting == 1)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            gate.open()
+        assert errors == ["down"] * 5
+        assert world.gets() == 1
+        world.store.before = lambda method, key: None
+        assert await world.payload("f00") == FILES["f00"]
+
+    world.run(main)
+    assert world.fetcher.bytes_in_flight == 0
+
+
+def test_a_defect_of_ours_is_an_error_of_that_read_alone(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing that happens in a fetch ends the fetcher."""
+
+    def fail(method: str, key: str) -> None:
+        raise ZeroDivisionError("a defect of ours")
+
+    world.store.before = fail
+
+    async def main() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await world.payload("f00")
+        world.store.before = lambda method, key: None
+        assert await world.payload("f00") == FILES["f00"]
+
+    world.run(main)
+    assert "unexpected error in a fetch" in capsys.readouterr().out
+
+
+def test_a_fetcher_that_does_not_run_is_an_error_not_a_wait(world: World) -> None:
+    async def main() -> None:
+        with pytest.raises(DeadlineExceeded):
+            await world.payload("f00")
+
+    trio.run(main)
+
+
+def test_who_waits_when_the_mount_ends_hears_of_it(world: World) -> None:
+    world.store.before = gate = Gate()
+    errors: list[str] = []
+
+    async def reader() -> None:
+        try:
+            await world.payload("f00")
+        except DeadlineExceeded as error:
+            errors.append(str(error))
+
+    async def main() -> None:
+        async with trio.open_nursery() as readers, trio.open_nursery() as nursery:
+            await nursery.start(world.fetcher.run)
+            readers.start_soon(reader)
+            await until(lambda: gate.waiting == 1)
+            nursery.cancel_scope.cancel()
+        gate.open()
+
+    trio.run(main)
+    assert errors == ["the mount is ending"]
+
+
+# --- what is fetched ahead ---------------------------------------------------------------------------------------
+
+
+def fetch_ahead(world: World, first: int, last: int) -> int:
+    return world.fetcher.fetch_ahead(world.container, first, last)
+
+
+def test_what_is_here_or_on_its_way_is_not_asked_for_again(apart: World) -> None:
+    blocks = apart.container.blocks
+
+    async def main() -> None:
+        await apart.payload("f05")
+        apart.forget_calls()
+        middle = blocks.of(int(apart.container.loaded.index.data_offset[apart.row("f05")]))
+        asked = fetch_ahead(apart, 0, len(blocks))
+        assert asked == sum(stop - start for start, stop in (blocks.extent(0, middle), blocks.extent(middle + 1, 12)))
+        assert fetch_ahead(apart, 0, len(blocks)) == 0
+        for name, data in APART.items():
+            assert await apart.payload(name) == data
+        assert apart.gets() == 2
+        assert fetch_ahead(apart, 0, len(blocks)) == 0
+
+    apart.run(main)
+
+
+def test_a_fetch_ahead_that_waits_for_its_turn_starts_when_somebody_waits_for_it(tmp_path: Path) -> None:
+    """Fetches that nobody waits for keep to a number at a time; a read goes before them."""
+    put_container(tmp_path / KEY, {f"{n:02d}": bytes([n]) * BLOCK for n in range(40)})
+    world = World(tmp_path)
+    world.store.before = gate = Gate()
+
+    async def main() -> None:
+        for block in range(len(world.container.blocks)):
+            fetch_ahead(world, block, block + 1)
+        await until(lambda: gate.waiting == LEAST_AHEAD)
+        starts = [start for _, start, _ in world.store.ranges]
+        assert sorted(starts) == world.container.blocks.start[:LEAST_AHEAD].tolist()  # the first ones
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert gate.waiting == LEAST_AHEAD
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.payload, "39")
+            await until(lambda: gate.waiting == LEAST_AHEAD + 1)
+            start = int(world.container.loaded.index.data_offset[world.row("39")])
+            assert world.store.ranges[-1] == (KEY, start, start + BLOCK)
+            gate.open()
+        for n in range(40):
+            assert await world.payload(f"{n:02d}") == bytes([n]) * BLOCK
+
+    world.run(main)
+    assert world.gets() == 40
+
+
+@pytest.mark.parametrize("memory", [16 << 20, 64 << 20])
+def test_memory_holds_for_what_is_kept_and_in_flight_together(tmp_path: Path, memory: int) -> None:
+    """Memory is bounded: what is fetched ahead takes a quarter, with what somebody waits for it is a half; the cache
+    gives way to them."""
+    put_container(tmp_path / KEY, {f"{n:02d}": bytes([n]) * (8 << 20) for n in range(12)})
+    world = World(tmp_path, memory=memory)
+    held: list[int] = []
+    flights: list[int] = []
+
+    def before(method: str, key: str) -> None:
+        held.append(world.fetcher.cache.bytes + world.fetcher.bytes_in_flight)
+        flights.append(world.fetcher.bytes_in_flight)
+
+    world.store.before = before
+
+    async def main() -> None:
+        fetch_ahead(world, 0, len(world.container.blocks))
+        async with trio.open_nursery() as nursery:
+            for n in range(12):
+                nursery.start_soon(world.payload, f"{n:02d}")
+        assert world.fetcher.cache.bytes <= memory
+
+    world.run(main)
+    assert max(held) <= memory
+    assert max(flights) <= memory // 2
+    assert world.fetcher.bytes_in_flight == 0
+
+
+def test_a_piece_that_is_larger_than_all_comes_alone_and_is_not_kept(tmp_path: Path) -> None:
+    files = {f"{n}": bytes([n]) * (10 << 20) for n in range(3)}
+    put_container(tmp_path / KEY, files)
+    world = World(tmp_path, memory=1 << 20)
+    found: list[bytes] = []
+
+    async def reader(name: str) -> None:
+        found.append(await world.payload(name))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for name in files:
+                nursery.start_soon(reader, name)
+
+    world.run(main)
+    assert sorted(found) == sorted(files.values())
+    assert world.store.most_running == 1
+    assert world.fetcher.cache.bytes == 0
+
+
+# --- verification ------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_payload_is_fetched_once_more(world: World) -> None:
@@ -224,13 +306,13 @@ def test_a_wrong_payload_is_fetched_once_more(world: World) -> None:
     damage(world, "f04", times=1)
 
     async def main() -> None:
-        assert await world.read("f04") == FILES["f04"]
+        assert await world.payload("f04") == FILES["f04"]
         assert world.gets() == 2
         assert world.problems.lines() == []
-        assert await world.read("f05") == FILES["f05"]
+        assert await world.payload("f05") == FILES["f05"]
         assert world.gets() == 2
 
-    run(main)
+    world.run(main)
 
 
 def test_a_payload_that_is_wrong_twice_is_an_error_with_a_line_in_problems(world: World) -> None:
@@ -238,67 +320,39 @@ def test_a_payload_that_is_wrong_twice_is_an_error_with_a_line_in_problems(world
 
     async def main() -> None:
         with pytest.raises(CorruptEntry, match=r"f04.*found a checksum"):
-            await world.read("f04")
+            await world.payload("f04")
         assert world.gets() == 2
         (line,) = world.problems.lines()
         assert KEY in line
         assert "f04" in line
         with pytest.raises(CorruptEntry):
-            await world.read("f04", 0, 1)
+            await world.payload("f04")
+        assert len(world.problems.lines()) == 1
 
-    run(main)
+    world.run(main)
 
 
 def test_damaged_neighbours_do_not_hurt(world: World) -> None:
-    """Neighbours are a gift: a damaged one is left out, and its own read says so."""
+    """Neighbours are a gift: a damaged one is known as such, and its own read says so."""
     damage(world, "f04", times=100)
+    pieces: list[Piece] = []
+    world.fetcher.on_piece = lambda container, piece: pieces.append(piece)
 
     async def main() -> None:
-        assert await world.read("f03") == FILES["f03"]
-        assert await world.read("f05") == FILES["f05"]
+        assert await world.payload("f03") == FILES["f03"]
+        assert await world.payload("f05") == FILES["f05"]
         assert world.gets() == 1
         assert world.problems.lines() == []
+        assert [piece.bad for piece in pieces] == [{world.row("f04")}]
         with pytest.raises(CorruptEntry):
-            await world.read("f04")
+            await world.payload("f04")
         assert len(world.problems.lines()) == 1
 
-    run(main)
-
-
-def test_damage_is_that_of_the_file_not_of_its_neighbours_readers(world: World) -> None:
-    """Who waits for a fetch that finds the file in front damaged looks for itself."""
-    damage(world, "f04", times=100)
-    go = threading.Event()
-
-    def wait(method: str, key: str) -> None:
-        go.wait(20)
-
-    world.store.before = wait
-    found: list[bytes] = []
-
-    async def reader() -> None:
-        found.append(await world.read("f05"))
-
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(fails, world, "f04")
-            await until(lambda: world.store.running == 1)
-            nursery.start_soon(reader)
-            await trio.testing.wait_all_tasks_blocked(0.01)
-            assert world.gets() == 1  # both wait for the same GET
-            go.set()
-        assert found == [FILES["f05"]]
-
-    run(main)
-
-
-async def fails(world: World, name: str) -> None:
-    with pytest.raises(CorruptEntry):
-        await world.read(name)
+    world.run(main)
 
 
 def test_sha256_is_checked_where_there_is_no_crc32c(tmp_path: Path) -> None:
-    (tmp_path / "2026-11-20").mkdir()
+    (tmp_path / KEY).parent.mkdir()
     with DesWriter(tmp_path / KEY) as writer:
         writer.add_file("good", b"x", {"sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"})
         writer.add_file("bad", b"y", {"sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"})
@@ -306,318 +360,139 @@ def test_sha256_is_checked_where_there_is_no_crc32c(tmp_path: Path) -> None:
     world = World(tmp_path)
 
     async def main() -> None:
-        assert await world.read("good") == b"x"
-        assert await world.read("none") == b"z"
+        assert await world.payload("good") == b"x"
+        assert await world.payload("none") == b"z"
         with pytest.raises(CorruptEntry):
-            await world.read("bad")
+            await world.payload("bad")
 
-    run(main)
-
-
-# --- replaced and removed ----------------------------------------------------------------------------------------
+    world.run(main)
 
 
-def test_old_index_and_new_bytes_never_mix(world: World) -> None:
+def test_old_index_and_new_bytes_never_mix(apart: World) -> None:
     """Every GET carries the ETag that the index came from."""
 
     async def main() -> None:
-        assert await world.read("f19") == FILES["f19"]
-        put_container(world.root / KEY, {name: data[::-1] for name, data in FILES.items()})
+        assert await apart.payload("f11") == APART["f11"]
+        put_container(apart.root / KEY, {name: data[::-1] for name, data in APART.items()})
         with pytest.raises(ObjectReplaced):
-            await world.read("f00")
-        assert await world.read("f19") == FILES["f19"]  # verified, and of that version
-        (world.root / KEY).unlink()
+            await apart.payload("f00")
+        assert await apart.payload("f11") == APART["f11"]  # verified, and of that version
+        (apart.root / KEY).unlink()
         with pytest.raises(NoSuchObject):
-            await world.read("f01")
+            await apart.payload("f01")
 
-    run(main)
-
-
-# --- large, empty, external --------------------------------------------------------------------------------------
+    apart.run(main)
 
 
-def test_an_empty_file_needs_no_get(tmp_path: Path) -> None:
-    put_container(tmp_path / KEY, {"a": b"x", "empty": b"", "z": b"y"})
-    world = World(tmp_path)
+# --- the disk cache ----------------------------------------------------------------------------------------------
+
+
+def on_disk(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "cache", 1 << 30)
+
+
+def disk_world(tmp_path: Path, files: dict[str, bytes] | None = None) -> Callable[[], World]:
+    """Mounts of one store, one after the other, with one folder for their caches."""
+    put_container(tmp_path / "store" / KEY, files or APART)
+    return lambda: World(tmp_path / "store", max_gap=0, disk=on_disk(tmp_path))
+
+
+def test_blocks_from_disk_need_no_get(tmp_path: Path) -> None:
+    mount = disk_world(tmp_path)
+    first, second = mount(), mount()
+
+    async def read_all(world: World) -> None:
+        fetch_ahead(world, 0, len(world.container.blocks))
+        for name, data in APART.items():
+            assert await world.payload(name) == data
+
+    first.run(lambda: read_all(first))
+    assert first.gets() == 1
+    second.run(lambda: read_all(second))
+    assert second.gets() == 0
+
+
+@given(kept=st.sets(st.integers(0, len(APART) - 1)))
+def test_what_of_a_piece_is_not_on_disk_comes_from_the_store(
+    kept: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A piece is put together of blocks from disk and ranges of the store, and asks for none twice."""
+    tmp_path = tmp_path_factory.mktemp("mixed")
+    mount = disk_world(tmp_path)
+    first, second, third = mount(), mount(), mount()
+    size = sum(map(len, APART.values()))
+
+    async def some() -> None:
+        for number in kept:
+            assert await first.payload(f"f{number:02d}") == APART[f"f{number:02d}"]
+
+    async def rest(world: World) -> None:
+        fetch_ahead(world, 0, len(world.container.blocks))
+        for name, data in APART.items():
+            assert await world.payload(name) == data
+
+    first.run(some)
+    second.run(lambda: rest(second))
+    given_ = sum(stop - start for _, start, stop in first.store.ranges + second.store.ranges)
+    assert given_ == size
+    third.run(lambda: rest(third))
+    assert third.gets() == 0
+
+
+def test_a_flipped_byte_on_disk_is_a_block_that_comes_from_the_store(tmp_path: Path) -> None:
+    """A wrong byte in the disk cache is never returned."""
+    mount = disk_world(tmp_path)
+    first, second = mount(), mount()
+
+    async def read(world: World) -> None:
+        for name, data in APART.items():
+            assert await world.payload(name) == data
+
+    first.run(lambda: read(first))
+    flipped = 0
+    for path in (tmp_path / "cache").rglob("*.data"):
+        raw = bytearray(path.read_bytes())
+        at = raw.find(APART["f03"])
+        if at >= 0:
+            raw[at + 100] ^= 1
+            path.write_bytes(raw)
+            flipped += 1
+    assert flipped == 1
+    second.run(lambda: read(second))
+    assert second.gets() == 1
+    assert second.problems.lines() == []
+
+
+def test_wrong_bytes_with_right_seals_on_disk_are_found_by_their_checksum_in_meta(tmp_path: Path) -> None:
+    """Whoever can write to the cache's folder can seal anything: META is what counts."""
+    mount = disk_world(tmp_path)
+    world, disk = mount(), on_disk(tmp_path)
+    start, stop = world.container.blocks.extent(3, 4)
+    version = ObjectVersion(world.store.url, KEY, world.container.info.etag)
+    disk.put(version, [(start, stop, b"x" * (stop - start))])
 
     async def main() -> None:
-        assert await world.read("empty") == b""
-        assert world.gets() == 0
-        assert await world.read("a") == b"x"
-        assert await world.read("z") == b"y"
+        assert await world.payload("f03") == APART["f03"]
         assert world.gets() == 1
 
-    run(main)
+    world.run(main)
 
 
-def test_a_large_payload_comes_in_parallel_ranges(tmp_path: Path) -> None:
-    data = Random(1).randbytes(MAX_REQUEST * 2 + 5)
-    put_container(tmp_path / KEY, {"large": data, "small": b"s"})
-    world = World(tmp_path, cache_bytes=64 << 20)
+def test_what_does_not_match_is_not_kept_on_disk(tmp_path: Path) -> None:
+    mount = disk_world(tmp_path)
+    first, second = mount(), mount()
+    damage(first, "f03", times=100)
 
-    async def main() -> None:
-        assert await world.read("large", MAX_REQUEST - 5, 10) == data[MAX_REQUEST - 5 : MAX_REQUEST + 5]
-        assert world.gets() == 3
-        assert await world.read("large") == data
-        assert world.gets() == 3
+    async def fails() -> None:
+        with pytest.raises(CorruptEntry):
+            await first.payload("f03")
 
-    run(main)
+    async def succeeds() -> None:
+        assert await second.payload("f03") == APART["f03"]
 
-
-STEP = 128 * 1024  # of the kernel's sequential reads
-LARGE = Random(3).randbytes(LARGE_PAYLOAD + BLOCK // 4 + 7)
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> World:
-    """A world with a large payload between small ones, and a cache for less than half of it."""
-    put_container(tmp_path / KEY, {"before": b"b", "large": LARGE, "z": b"after"})
-    return World(tmp_path, cache_bytes=2 * BLOCK)
-
-
-def counted_bytes(world: World) -> Callable[[], int]:
-    """How many bytes the store has given from now on."""
-    given: list[int] = []
-
-    def change(method: str, key: str, data: bytes) -> bytes:
-        given.append(len(data))
-        return data
-
-    world.store.change = change
-    return lambda: sum(given)
-
-
-def test_a_payload_larger_than_the_cache_is_fetched_twice_not_once_a_read(large: World) -> None:
-    """Large payloads are verified in one pass and served in blocks: they need not fit into the cache as a whole."""
-    given = counted_bytes(large)
-
-    async def main() -> None:
-        pieces = [await large.read("large", at, STEP) for at in range(0, len(LARGE), STEP)]
-        assert b"".join(pieces) == LARGE
-        assert given() <= 2 * len(LARGE)
-        assert large.gets() <= 2 * -(-len(LARGE) // BLOCK)
-        assert large.fetcher.cache.bytes <= 2 * BLOCK
-        assert await large.read("large", len(LARGE) - 3, 10) == LARGE[-3:]
-        assert await large.read("large", BLOCK - 5, 2 * BLOCK) == LARGE[BLOCK - 5 : 3 * BLOCK - 5]
-        assert (await large.read("before"), await large.read("z")) == (b"b", b"after")
-
-    run(main)
-
-
-def test_readers_of_a_large_payload_share_one_pass(large: World) -> None:
-    given = counted_bytes(large)
-    found: list[bytes] = []
-
-    async def reader() -> None:
-        found.append(await large.read("large", 4 * BLOCK, 10))  # in the last block, which the pass leaves in the cache
-
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            for _ in range(5):
-                nursery.start_soon(reader)
-        assert found == [LARGE[4 * BLOCK :][:10]] * 5
-        assert given() == len(LARGE)
-
-    run(main)
-
-
-def flip(world: World, at: int, times: int) -> None:
-    """Flip the byte of the large payload at a place, in the first so many answers that have it."""
-    mark, left = LARGE[at : at + 8], [times]
-    wrong = bytes([mark[0] ^ 1]) + mark[1:]
-
-    def change(method: str, key: str, data: bytes) -> bytes:
-        if mark in data and left[0]:
-            left[0] -= 1
-            return data.replace(mark, wrong)
-        return data
-
-    world.store.change = change
-
-
-@pytest.mark.parametrize("at", [0, 2 * BLOCK + 77, len(LARGE) - 8])
-def test_no_byte_of_a_large_payload_is_served_when_one_is_wrong(large: World, at: int) -> None:
-    """Verified as a whole before anybody sees a byte: EIO for every read, wherever the damage is, and one line in
-    problems."""
-    flip(large, at, times=1000)
-
-    async def main() -> None:
-        for offset in (0, at, len(LARGE) - 1):
-            with pytest.raises(CorruptEntry, match=r"large.*found a checksum"):
-                await large.read("large", offset, 1)
-        assert len(large.problems.lines()) == 1
-        assert await large.read("z") == b"after"
-
-    run(main)
-
-
-@pytest.mark.parametrize("at", [0, len(LARGE) - 8])
-def test_a_large_payload_that_is_wrong_in_the_first_pass_only_is_served(large: World, at: int) -> None:
-    """A mismatch is fetched once more; nothing of the first pass is left in the cache."""
-    flip(large, at, times=1)
-
-    async def main() -> None:
-        assert await large.read("large", at, 8) == LARGE[at : at + 8]
-        assert await large.read("large") == LARGE
-        assert large.problems.lines() == []
-
-    run(main)
-
-
-@pytest.mark.parametrize(("times", "served"), [(1, True), (2, False)])
-def test_a_block_that_is_fetched_again_has_to_be_what_was_verified(large: World, times: int, served: bool) -> None:
-    """When META has a checksum, the bytes are verified before anybody sees them: also those of a block that had left
-    the cache. A mismatch is fetched once more, then it is an error that is reported."""
-
-    async def main() -> None:
-        assert await large.read("large") == LARGE  # the last blocks are in the cache now, the first is not
-        flip(large, 5, times=times)
-        if served:
-            assert await large.read("large", 0, 8) == LARGE[:8]
-            assert large.problems.lines() == []
-        else:
-            with pytest.raises(CorruptEntry, match="not what was verified before"):
-                await large.read("large", 0, 8)
-            assert len(large.problems.lines()) == 1
-
-    run(main)
-
-
-def external_world(tmp_path: Path, data: bytes, *, recorded: str | None = None) -> World:
-    (tmp_path / "2026-11-20").mkdir()
-    with DesWriter(tmp_path / KEY, external_prefix="2026-11-20/") as writer:
-        writer.add_external("dir/big.bin", len(data), meta_of(data), key=recorded)
-    return World(tmp_path, cache_bytes=64 << 20)
-
-
-def test_an_external_file_is_read_in_blocks_from_where_the_rule_says(tmp_path: Path) -> None:
-    """External files: `{directory of the container's key}/_bigFiles/{entry name}`."""
-    data = Random(2).randbytes(BLOCK + 100)
-    world = external_world(tmp_path, data)
-    target = tmp_path / "2026-11-20/_bigFiles/dir/big.bin"
-    target.parent.mkdir(parents=True)
-    target.write_bytes(data)
-
-    async def main() -> None:
-        at = BLOCK - 10
-        assert await world.read("dir/big.bin", at, 20) == data[at : at + 20]
-        assert world.gets() == 2
-        assert await world.read("dir/big.bin") == data
-        assert await world.read("dir/big.bin", len(data), 10) == b""
-        assert world.problems.lines() == []
-
-    run(main)
-
-
-def test_a_recorded_key_in_a_folder_for_big_files_is_honoured(tmp_path: Path) -> None:
-    """`external_key`: used only if it lies in a `_bigFiles/` folder of the store and ends in the entry's name."""
-    world = external_world(tmp_path, b"elsewhere", recorded="2026-11-19/_bigFiles/dir/big.bin")
-    (tmp_path / "2026-11-19/_bigFiles/dir").mkdir(parents=True)
-    (tmp_path / "2026-11-19/_bigFiles/dir/big.bin").write_bytes(b"elsewhere")
-
-    async def main() -> None:
-        assert await world.read("dir/big.bin") == b"elsewhere"
-
-    run(main)
-
-
-@pytest.mark.parametrize("found", [None, b"", b"shor", b"longer"])
-def test_an_external_object_that_is_missing_or_has_another_size_is_an_error(
-    tmp_path: Path, found: bytes | None
-) -> None:
-    """An external object that is missing, or whose size differs from the index: EIO, reported."""
-    world = external_world(tmp_path, b"right", recorded="../outside")
-    if found is not None:
-        (tmp_path / "2026-11-20/_bigFiles/dir").mkdir(parents=True)
-        (tmp_path / "2026-11-20/_bigFiles/dir/big.bin").write_bytes(found)
-
-    async def main() -> None:
-        with pytest.raises(CorruptEntry, match="external object"):
-            await world.read("dir/big.bin")
-        assert any("big.bin" in line for line in world.problems.lines())
-
-    run(main)
-
-
-def test_an_empty_external_file_is_checked_too(tmp_path: Path) -> None:
-    world = external_world(tmp_path, b"")
-
-    async def main() -> None:
-        with pytest.raises(CorruptEntry, match="missing"):
-            await world.read("dir/big.bin")
-        (tmp_path / "2026-11-20/_bigFiles/dir").mkdir(parents=True)
-        (tmp_path / "2026-11-20/_bigFiles/dir/big.bin").write_bytes(b"")
-        assert await world.read("dir/big.bin") == b""
-
-    run(main)
-
-
-def replace_external(world: World, data: bytes) -> None:
-    """Put another object in the external object's place, as a store does it: whole."""
-    target = world.root / "2026-11-20/_bigFiles/dir/big.bin"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name("fresh")
-    fresh.write_bytes(data)
-    fresh.rename(target)
-
-
-OLD, NEW = (bytes([letter]) * (BLOCK + 100) for letter in b"on")
-
-
-def test_a_replaced_external_object_is_stale_once_and_then_the_new_one(tmp_path: Path) -> None:
-    """One version of an external object or an error, never two in one: and the error is not for ever."""
-    world = external_world(tmp_path, OLD)
-    replace_external(world, OLD)
-
-    async def main() -> None:
-        assert await world.read("dir/big.bin", 0, 10) == OLD[:10]
-        replace_external(world, NEW)
-        with pytest.raises(ObjectReplaced):
-            await world.read("dir/big.bin", BLOCK, 10)
-        assert await world.read("dir/big.bin") == NEW
-
-    run(main)
-
-
-@pytest.mark.parametrize("last", ["old", "new"])
-def test_two_first_reads_of_an_external_object_that_is_replaced_between_them(tmp_path: Path, last: str) -> None:
-    """The first reads name no version: whichever answer comes second must be of the same."""
-    world = external_world(tmp_path, OLD)
-    replace_external(world, OLD)
-    go = {"old": threading.Event(), "new": threading.Event()}
-    arrived: set[str] = set()
-
-    def change(method: str, key: str, data: bytes) -> bytes:
-        version = "old" if data[:1] == OLD[:1] else "new"
-        arrived.add(version)
-        go[version].wait(20)
-        return data
-
-    world.store.change = change
-    found: dict[str, bytes | ObjectReplaced] = {}
-
-    async def reader(version: str, offset: int) -> None:
-        try:
-            found[version] = await world.read("dir/big.bin", offset, 10)
-        except ObjectReplaced as error:
-            found[version] = error
-
-    async def main() -> None:
-        first = ({"old", "new"} - {last}).pop()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(reader, "old", 0)
-            await until(lambda: "old" in arrived)
-            replace_external(world, NEW)
-            nursery.start_soon(reader, "new", BLOCK)
-            await until(lambda: "new" in arrived)
-            go[first].set()
-            await until(lambda: first in found)
-            go[last].set()
-        assert found[first] == (NEW if first == "new" else OLD)[:10]
-        assert isinstance(found[last], ObjectReplaced)
-        assert await world.read("dir/big.bin") == NEW
-
-    run(main)
+    first.run(fails)
+    second.run(succeeds)
+    assert second.gets() == 1
 
 
 # --- threads -----------------------------------------------------------------------------------------------------
@@ -626,11 +501,10 @@ def test_two_first_reads_of_an_external_object_that_is_replaced_between_them(tmp
 @pytest.mark.parametrize("stalled", ["fetch", "run"])
 def test_payloads_that_stall_do_not_hold_up_listings_and_indexes(tmp_path: Path, stalled: str) -> None:
     """Metadata never waits for payloads, nor they for it: each has threads of its own."""
-    store = WatchedStore(file_store.FileStore(tmp_path))
+    store = WatchedStore(FileStore(tmp_path))
     threads = StoreThreads(store, limit=2)
     stall, other = (threads.fetch, threads.run) if stalled == "fetch" else (threads.run, threads.fetch)
-    go = threading.Event()
-    store.before = lambda method, key: None if key == "free" else wait(go)
+    store.before = gate = Gate(lambda method, key: key != "free")
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -639,66 +513,106 @@ def test_payloads_that_stall_do_not_hold_up_listings_and_indexes(tmp_path: Path,
             await until(lambda: store.running == 2)
             assert (await other(store.list, "free")).objects == ()
             assert store.running == 2
-            go.set()
+            gate.open()
 
-    run(main)
-
-
-def wait(event: threading.Event) -> None:
-    event.wait(20)
+    trio.run(main)
 
 
-# --- bounds ------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60)), max_size=50))
-def test_the_cache_never_holds_more_than_it_may_and_drops_the_oldest(puts: list[tuple[int, int]]) -> None:
-    cache, limit = BlockCache(100), 100
-    model: dict[int, int] = {}
-    for number, size in puts:
-        cache.put((number, 0, -1), b"x" * size)
-        model.pop(number, None)
-        model[number] = size
-        while sum(model.values()) > limit:
-            del model[next(iter(model))]
-        assert cache.bytes == sum(model.values())
-        assert len(cache) == len(model)
-        assert all((kept, 0, -1) in cache for kept in model)
-
-
-def test_a_block_larger_than_the_cache_is_not_kept_and_an_older_one_of_its_key_goes() -> None:
-    cache = BlockCache(10)
-    cache.put((1, 0, -1), b"old")
-    cache.put((1, 0, -1), b"x" * 11)
-    assert cache.bytes <= 3
-    assert cache.get((2, 0, -1)) is None
-
-
-def test_no_more_bytes_than_the_budget_are_fetched_at_a_time() -> None:
-    """Memory is bounded: `max_inflight` bytes; what is larger than all is let in alone."""
-    taken, most = 0, 0
+def test_no_read_waits_for_ever(tmp_path: Path) -> None:
+    """Every request has a deadline: a call that ends in none is given up."""
+    put_container(tmp_path / KEY, FILES)
+    world = World(tmp_path, deadline_s=0.05)
+    world.store.before = gate = Gate()
 
     async def main() -> None:
-        budget = ByteBudget(100)
+        with pytest.raises(DeadlineExceeded):
+            await world.payload("f00")
+        gate.open()
 
-        async def take(size: int) -> None:
-            nonlocal taken, most
-            async with budget.taken(size):
-                assert taken == 0 or taken + size <= 100
-                taken += size
-                most = max(most, taken)
-                await trio.lowlevel.checkpoint()
-                taken -= size
+    world.run(main)
 
-        async with trio.open_nursery() as nursery:
-            for size in [30, 40, 50, 60, 250, 10, 100, 90] * 5:
-                nursery.start_soon(take, size)
-        with trio.move_on_after(0.01):
-            async with budget.taken(100):
-                await trio.sleep_forever()
-        async with budget.taken(100):
-            pass
 
-    run(main)
-    assert taken == 0
-    assert most == 250
+# --- the cache ---------------------------------------------------------------------------------------------------
+
+
+def piece(container: int, first: int, last: int, size: int, kind: int = SMALL) -> Piece:
+    return Piece(container, kind, first, last, 0, b"x" * size)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("put"), st.integers(0, 5), st.integers(1, 3), st.integers(0, 60)),
+            st.tuples(st.just("get"), st.integers(0, 8), st.just(0), st.just(0)),
+            st.tuples(st.just("resize"), st.integers(0, 150), st.just(0), st.just(0)),
+        ),
+        max_size=40,
+    )
+)
+def test_the_cache_never_holds_more_than_it_may_and_drops_what_was_used_longest_ago(
+    steps: list[tuple[str, int, int, int]],
+) -> None:
+    cache, limit = PieceCache(100), 100
+    kept: list[Piece] = []  # the model: least recently used first
+    holders: dict[int, Piece] = {}
+
+    def evict() -> None:
+        while sum(len(each.data) for each in kept) > limit:
+            gone = kept.pop(0)
+            for place in [place for place, holder in holders.items() if holder is gone]:
+                del holders[place]
+
+    for step, number, count, size in steps:
+        if step == "put":
+            fresh = piece(1, number, number + count, size)
+            cache.put(fresh)
+            if size <= limit:
+                kept.append(fresh)
+                holders |= dict.fromkeys(range(number, number + count), fresh)
+        elif step == "resize":
+            limit = number
+            cache.resize(limit)
+        else:
+            found = cache.get((1, SMALL, number))
+            assert found is holders.get(number)
+            if found is not None:
+                kept.remove(found)
+                kept.append(found)
+        evict()
+        assert cache.bytes == cache.bytes_of(1) == sum(len(each.data) for each in kept) <= limit
+        assert len(cache) == len(kept)
+        assert {place for place in range(9) if (1, SMALL, place) in cache} == set(holders)
+
+
+def test_dropping_a_kind_leaves_the_others() -> None:
+    cache = PieceCache(1000)
+    for container in (1, 2):
+        for kind in (SMALL, 5, 6):
+            for number in range(3):
+                cache.put(piece(container, number, number + 1, 10, kind))
+    cache.drop(1, 5)
+    cache.drop(9, 9)
+    assert cache.bytes == 150
+    assert {(container, kind) for container in (1, 2) for kind in (SMALL, 5, 6) if (container, kind, 1) in cache} == {
+        (1, SMALL),
+        (1, 6),
+        (2, SMALL),
+        (2, 5),
+        (2, 6),
+    }
+
+
+def test_pieces_are_small_where_memory_is(tmp_path: Path) -> None:
+    """A piece has to leave room for others in the cache."""
+    put_container(tmp_path / KEY, {f"{n:02d}": bytes([n]) * BLOCK for n in range(40)})
+    for memory, longest in ((64 << 20, PIECE), (4 << 20, 512 * 1024), (1 << 20, BLOCK), (0, BLOCK)):
+        world = World(tmp_path, memory=memory)
+
+        async def main(world: World = world) -> None:
+            fetch_ahead(world, 0, len(world.container.blocks))
+            assert await world.payload("39") == bytes([39]) * BLOCK
+
+        world.run(main)
+        assert max(stop - start for _, start, stop in world.store.ranges) <= longest
+        assert isinstance(world.fetcher, Fetcher)
+        assert world.problems.lines() == Problems().lines()
