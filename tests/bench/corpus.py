@@ -101,7 +101,7 @@ def fill_spool(corpus: Corpus, spool: Path) -> None:
     time.sleep(2.5)  # a packer's default for `settle`, and some more
 
 
-def move_to_day(server: S3Server, source: tuple[str, str], target: tuple[str, str], day: str) -> list[str]:
+def copy_to_day(server: S3Server, source: tuple[str, str], target: tuple[str, str], day: str) -> list[str]:
     """Copy a packed store, all of whose days become one, to another bucket and prefix; the keys of its containers."""
     client = server.client()
     bucket, prefix = source

@@ -2,7 +2,7 @@
 
     python -m tests.bench mount --quick                      desfs, floor and local disk: two minutes
     python -m tests.bench mount --quick --sessions tar,cp    of ready ls tar cp random all pack external large million
-    python -m tests.bench mount --systems desfs,s3fs         of desfs, desfs levers=off, desfs cache_dir, and the peers
+    python -m tests.bench mount --systems desfs,s3fs         of desfs, desfs levers=off, desfs cache_dir, the peers
     python -m tests.bench mount --output DIR                 everything; DIR gets table.md, plot.svg and results.json
 
 Needs root, and a machine that does nothing else. Every figure is a median; what is cold has a fresh mount, and the
@@ -39,6 +39,7 @@ from tests.bench.world import DELAY_S, NotMeasurable, Store, World, open_world
 FILES = 10_000
 ROUND_TRIPS = 4
 CAP_S = 300.0
+OPEN_DAY = "desfs open day"
 SMALL_SESSIONS = ("ready", "ls", "tar", "cp", "random", "all")
 LARGE_SESSIONS = ("external", "large", "million")
 PLOTTED = (
@@ -111,6 +112,10 @@ def _measure(world: World, options: Options, results: Results) -> list[Figure]:
     for system in _variants(world, store):
         if options.wants_system(system.name):
             bench.measure(system, corpus)
+    today = store.open_day
+    if today is not None and options.wants_system(OPEN_DAY) and not options.quick:
+        system = Desfs(today.url, world.env, today.tree, OPEN_DAY)
+        bench.measure(system, corpus, only=frozenset(("ls", "tar")))
     if options.wants_session("pack"):
         _measure_packing(world, options, results, corpus)
     external, large = _measure_large(bench, options)

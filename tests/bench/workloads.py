@@ -39,6 +39,7 @@ PACKING = "packing"
 SHARD_BITS = 4
 WARM_RUNS = 5
 CATS = 6
+NOT_QUICK_S = 5.0  # what is quicker is worth more repetitions
 SLOW_S = 60.0  # what takes longer is measured once: a median is for what is shorter than the machine's moods
 _STRAYS_S = 0.2  # for requests that go on after the reader has what it wanted: they are its requests too
 _SEED = 7
@@ -69,8 +70,10 @@ class Bench:
 
     # --- sessions -----------------------------------------------------------------------------------------------
 
-    def measure(self, system: System, corpus: Corpus, *, is_peer: bool = False) -> None:
-        """Every session of the small corpus. A system that fails in one is measured in the others."""
+    def measure(
+        self, system: System, corpus: Corpus, *, is_peer: bool = False, only: frozenset[str] = frozenset()
+    ) -> None:
+        """Every session of the small corpus, or `only` some. A system that fails in one is measured in the others."""
         self.introduce(system, is_peer=is_peer)
         sessions: dict[str, Callable[[System, Corpus], None]] = {
             "ready": self._ready,
@@ -81,7 +84,7 @@ class Bench:
             "all": self._all,
         }
         for name, session in sessions.items():
-            if self.wanted(name):
+            if self.wanted(name) and (not only or name in only):
                 self.repeat(system, name, lambda session=session: session(system, corpus))  # type: ignore[misc]
 
     def repeat(self, system: System, what: str, session: Callable[[], None]) -> None:
@@ -176,12 +179,13 @@ class Bench:
                 self._warm(system, mounted)
 
     def _warm(self, system: System, mounted: Mounted) -> None:
-        for _ in range(WARM_RUNS):
+        for run in range(WARM_RUNS):
             began = time.monotonic()
             if not self.sample(TAR_WARM, system, mounted, lambda: timed(tar(mounted.tree), self.cap_s)):
                 return
             self.sample(CP_WARM, system, mounted, lambda: self._cp(mounted.tree))
-            if time.monotonic() - began > SLOW_S:
+            seconds = time.monotonic() - began
+            if seconds > SLOW_S or (seconds > NOT_QUICK_S and run + 1 >= self.runs):
                 return
 
     # --- measuring ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from tests import servers
-from tests.bench.corpus import Corpus, Packed, fill_spool, make_corpus, move_to_day, pack, past_day
+from tests.bench.corpus import Corpus, Packed, copy_to_day, fill_spool, make_corpus, pack, past_day
 from tests.bench.machine import drop_caches, fstype_of, read_all
 from tests.bench.proxy import DelayProxy, delay_proxy
 from tests.bench.raw import RawClient
@@ -32,12 +32,14 @@ class NotMeasurable(Exception):
 
 @dataclass(slots=True)
 class Store:
-    """Containers of one day in the store. `tree` is where a mount of `url` shows the files."""
+    """Containers of one day in the store. `tree` is where a mount of `url` shows the files; `open_day` has the same as
+    containers of today."""
 
     bucket: str
     prefix: str
     tree: str
     packed: Packed
+    open_day: Store | None = None
 
     @property
     def url(self) -> str:
@@ -88,11 +90,11 @@ class World:
     def pack_closed_day(self, corpus: Corpus, name: str, *options: str) -> Store:
         """Pack a corpus as users do, and show it as a day of last week."""
         self.say(f"packing {len(corpus.names):,} files")
-        packed = self.pack_open_day(corpus, f"{name}-open", *options)
+        today = self.pack_open_day(corpus, f"{name}-open", *options)
         bucket = self.server.new_bucket(name)
         day = past_day()
-        move_to_day(self.server, (packed.bucket, packed.prefix), (bucket, "store/"), day)
-        return Store(bucket, "store/", day, packed.packed)
+        copy_to_day(self.server, (today.bucket, today.prefix), (bucket, "store/"), day)
+        return Store(bucket, "store/", day, today.packed, today)
 
     def pack_open_day(self, corpus: Corpus, name: str, *options: str) -> Store:
         bucket = self.server.new_bucket(name)
