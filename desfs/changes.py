@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
+from des_format.index import Index
+from des_format.meta import MetaColumns
 from desfs.tree import DayTree
 
 
@@ -46,6 +50,20 @@ def changed_folders(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[
                 found.add(folder)
                 folder = folder.rpartition(b"/")[0]
     return sorted(found)
+
+
+def shown_paths(paths: Iterable[bytes], trees: list[DayTree]) -> list[bytes]:
+    """Those of some paths that are a file or a directory in one of the trees."""
+    return [path for path in paths if any(tree.is_directory(path) or tree.find_file(path) for tree in trees)]
+
+
+def same_content(index: Index, meta: MetaColumns, row: int, new: Index, new_meta: MetaColumns, new_row: int) -> bool:
+    """Whether two rows have one content, as far as their size, time and checksum tell; False without a checksum."""
+    if index.data_length[row] != new.data_length[new_row] or meta.mtime_ns[row] != new_meta.mtime_ns[new_row]:
+        return False
+    if meta.has_crc32c[row] and new_meta.has_crc32c[new_row]:
+        return bool(meta.crc32c[row] == new_meta.crc32c[new_row])
+    return row in meta.sha256 and meta.sha256[row] == new_meta.sha256.get(new_row)
 
 
 def _shows(trees: list[DayTree], path: bytes) -> tuple[int, int] | None:

@@ -73,7 +73,11 @@ class ReadOnlyMount(DesfsError):
 
 
 class NoSuchPath(DesfsError):
-    """The name space has nothing under that name."""
+    """The name space has nothing under that name; `for_long`: until the kernel is told otherwise."""
+
+    def __init__(self, message: str, *, for_long: bool = False) -> None:
+        super().__init__(message)
+        self.for_long = for_long
 
 
 class NotADirectory(DesfsError):

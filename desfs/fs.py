@@ -20,7 +20,9 @@ from des_format.errors import DesFormatError
 from des_format.meta import NO_MODE, NO_TIME
 from desfs import metrics
 from desfs.caches import Caches
+from desfs.changes import same_content
 from desfs.control import CONTROL_NAME, ControlDirectory
+from desfs.day import Changes, DayView, File
 from desfs.errors import (
     DesfsError,
     IsADirectory,
@@ -49,7 +51,7 @@ from desfs.push import Batch, Pushed, Pusher
 from desfs.settings import MountSettings
 from desfs.store.base import Store
 from desfs.tree import DayTree, Page
-from desfs.views import Changes, DayView, File, Views
+from desfs.views import Views
 from desfs.xattrs import Xattrs
 
 log = structlog.get_logger(__name__)
@@ -58,7 +60,10 @@ T = TypeVar("T")
 
 # Of `memory`: what the allocator keeps of buffers that came and went (seen: 20 to 30 MiB after a thousand of 4 MiB).
 _SLACK = 32 * 1024 * 1024
-_FOREVER_S = 86400.0  # containers are immutable: the kernel may keep what it knows of their files
+# The kernel keeps what it knows of names and attributes, and is told what to forget: containers are immutable, and the
+# refresh tells what came and went. Not longer, in case that it did not take a notification.
+FOREVER_S = 86400.0
+_MOVES = 4  # of a file from one container to another, while it is read
 _DEFAULT_FILE_MODE = 0o644
 _MAX_SIZE = 2**63 - 1  # what stat can show; a damaged entry may claim more
 _DIRECTORY_MODE = 0o755
@@ -135,6 +140,7 @@ class FileSystem:
         self._xattrs = Xattrs(self.threads, self.fetcher)
         self._control = ControlDirectory(self.render_control)
         self._directories: dict[int, tuple[DayView, bytes]] = {}
+        self._gone: set[int] = set()  # slots of containers that are not in the store any more
         self._listed: dict[int, int] = {}  # how far the kernel has the entries of a directory
         self._kernel: KernelCache | None = None
         self._started = time.time()
@@ -164,9 +170,12 @@ class FileSystem:
 
     async def refresh(self) -> None:
         """List again what is due, and make the kernel forget what has changed. A failure keeps the old view."""
-        changed = await self._refreshed(self.views.refresh_root)
+        changed = await self._refreshed(self.views.refresh_root) or set()
+        changed |= await self._refreshed(self.views.refresh_folders) or set()
         if self._kernel is not None and changed:
             self._kernel.forget_attributes(ROOT)
+            for name in changed:
+                self._kernel.forget_entry(ROOT, name.encode())
         elif self._kernel is not None and self.views.may_show_more():
             self._kernel.forget_listing(ROOT)  # only who lists the root looks into its folders
         self.prefetcher.keep_days(day.name for day in self.views.known_days())
@@ -195,7 +204,7 @@ class FileSystem:
     async def getattr(self, inode: int) -> Attributes:
         """What stat shows of an inode. Raises: StaleInode."""
         if inode == ROOT:
-            return Attributes(ROOT, self._directory_mode, 0, self.views.root_mtime_ns, self.settings.refresh)
+            return Attributes(ROOT, self._directory_mode, 0, self.views.root_mtime_ns, FOREVER_S)
         if self._control.owns(inode):
             return self._control_attributes(InodeNumber(inode))
         if is_directory_inode(inode):
@@ -210,22 +219,7 @@ class FileSystem:
         Raises: NotADirectory, StaleInode; DamagedDay; StoreError.
         """
         if inode == ROOT:
-            days = []
-            for name in await self.views.root_names():
-                entry = self.views.names.get(name)
-                if entry is None or entry.ordinal <= after:
-                    continue
-                try:
-                    day = await self.views.day(name, self.settings.refresh)
-                except NoSuchPath:
-                    continue  # it went meanwhile
-                if day.is_open:
-                    try:
-                        await day.ensure_listed()  # for its mtime
-                    except StoreError as error:
-                        log.warning("a day is shown without having been listed", day=name, error=str(error))
-                days.append((entry.ordinal, day))
-            return self._pages([(place, day.name.encode(), self._day_attributes(day)) for place, day in days])
+            return self._pages(await self._days(after))
         if inode == CONTROL_DIRECTORY:
             files = enumerate(self._control.files()[after:], after + 1)
             return self._pages([(place, name, self._control_attributes(file)) for place, (name, file) in files])
@@ -254,9 +248,11 @@ class FileSystem:
             return self._control.read(inode)[offset : offset + size]
         if is_directory_inode(inode) or inode == ROOT:
             raise IsADirectory(f"inode {inode:#x} is a directory")
-        container, row = self._file(inode)
-        shape = self._shape_of(container)
-        return await self._current(container, self.prefetcher.read(shape, container, row, offset, size))
+
+        async def read(container: OpenContainer, row: int) -> bytes | memoryview:
+            return await self.prefetcher.read(self._shape_of(container), container, row, offset, size)
+
+        return await self._current(self._file(inode), read)
 
     def _shape_of(self, container: OpenContainer) -> DayShape:
         day = self.views.day_of(container)
@@ -269,8 +265,7 @@ class FileSystem:
         Xattrs.check_name(name)
         if self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
             raise NoSuchAttribute(name.decode("utf-8", "backslashreplace"))
-        container, row = self._file(inode)
-        values = await self._current(container, self._xattrs.of(container, row))
+        values = await self._current(self._file(inode), self._xattrs.of)
         if name not in values:
             raise NoSuchAttribute(name.decode("utf-8", "backslashreplace"))
         return values[name]
@@ -279,8 +274,7 @@ class FileSystem:
         """The names of a file's extended attributes; directories have none. Raises: StaleInode; StoreError."""
         if self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
             return []
-        container, row = self._file(inode)
-        return list(await self._current(container, self._xattrs.of(container, row)))
+        return list(await self._current(self._file(inode), self._xattrs.of))
 
     def forget_pages(self, inode: InodeNumber) -> None:
         """Let the kernel ask for a file's bytes again."""
@@ -320,6 +314,30 @@ class FileSystem:
             "metrics": metrics.snapshot(),
         }
 
+    async def _days(self, after: int) -> list[tuple[int, bytes, Attributes]]:
+        """The directories of the root behind a position."""
+        days = []
+        for name in await self.views.root_names():
+            entry = self.views.names.get(name)
+            if entry is None or entry.ordinal <= after:
+                continue
+            try:
+                days.append((entry.ordinal, await self.views.day(name)))
+            except NoSuchPath:
+                continue  # it went meanwhile
+        async with trio.open_nursery() as nursery:
+            for _, day in days:
+                if day.is_open:
+                    nursery.start_soon(self._list_if_possible, day)  # for its mtime
+        return [(place, day.name.encode(), self._day_attributes(day)) for place, day in days]
+
+    @staticmethod
+    async def _list_if_possible(day: DayView) -> None:
+        try:
+            await day.ensure_listed()
+        except StoreError as error:
+            log.warning("a day is shown without having been listed", day=day.name, error=str(error))
+
     @staticmethod
     def _pages(entries: Sequence[tuple[int, bytes, Attributes]]) -> Iterator[EntryPage]:
         """Those that are there anyway, as one page."""
@@ -352,15 +370,15 @@ class FileSystem:
         modes &= self._file_mask
         modes |= stat.S_IFREG
         return EntryPage(
-            page.names, page.cookies, inodes.tolist(), modes.tolist(), sizes.tolist(), mtimes_ns.tolist(), _FOREVER_S
+            page.names, page.cookies, inodes.tolist(), modes.tolist(), sizes.tolist(), mtimes_ns.tolist(), FOREVER_S
         )
 
     async def _day(self, name: bytes) -> DayView:
         try:
             text = name.decode()
         except UnicodeDecodeError:
-            raise NoSuchPath("no name of a day is anything but UTF-8") from None
-        return await self.views.day(text, self.settings.refresh)
+            raise NoSuchPath("no name of a day is anything but UTF-8", for_long=True) from None
+        return await self.views.day(text)
 
     def _directory(self, inode: int) -> tuple[DayView, bytes]:
         found = self._directories.get(inode)
@@ -369,8 +387,11 @@ class FileSystem:
                 raise StaleInode(f"directory {inode:#x} is not known any more")
             raise NotADirectory(f"inode {inode:#x} is no directory")
         if not self.views.is_current(found[0]):
-            del self._directories[inode]
-            raise StaleInode(f"{found[0].name} is not there any more")
+            day = self.views.known(found[0].name)
+            if day is None:
+                del self._directories[inode]
+                raise StaleInode(f"{found[0].name} is not there any more")
+            found = self._directories[inode] = (day, found[1])  # it went and came again
         return found
 
     def _file(self, inode: int) -> File:
@@ -383,12 +404,12 @@ class FileSystem:
     def _day_attributes(self, day: DayView) -> Attributes:
         inode = self._directory_inode(day.name.encode(), b"")
         self._directories[inode] = (day, b"")
-        return Attributes(inode, self._directory_mode, 0, day.mtime_ns, self.settings.refresh)
+        return Attributes(inode, self._directory_mode, 0, day.mtime_ns, FOREVER_S)
 
     def _directory_attributes(self, day: DayView, path: bytes) -> Attributes:
         inode = self._directory_inode(day.name.encode(), path)
         self._directories[inode] = (day, path)
-        return Attributes(inode, self._directory_mode, 0, day.mtime_ns, self.settings.refresh)
+        return Attributes(inode, self._directory_mode, 0, day.mtime_ns, FOREVER_S)
 
     def _directory_inode(self, day: bytes, path: bytes) -> InodeNumber:
         """The inode of a directory of a day; `path` is b"" for the day itself."""
@@ -405,7 +426,7 @@ class FileSystem:
             stat.S_IFREG | (_DEFAULT_FILE_MODE if mode == NO_MODE else mode) & self._file_mask,
             min(int(loaded.index.data_length[row]), _MAX_SIZE),
             loaded.info.mtime_ns if mtime_ns == NO_TIME else mtime_ns,
-            _FOREVER_S,
+            FOREVER_S,
         )
 
     def _control_attributes(self, inode: InodeNumber) -> Attributes:
@@ -415,16 +436,44 @@ class FileSystem:
         control = self._control
         return Attributes(inode, stat.S_IFREG | 0o444, control.size(inode), control.changed_ns(inode), 0.0)
 
-    async def _current(self, container: OpenContainer, call: Awaitable[T]) -> T:
-        """The result of a call that reads a container. Raises: StaleInode when it was replaced or removed; its day is
-        listed again then."""
+    async def _current(self, file: File, call: Callable[[OpenContainer, int], Awaitable[T]]) -> T:
+        """The result of a call that reads a file. Where its container was replaced or removed, its day is listed again,
+        and the same content is read from the container that has it now, if one has: after a merge an open file goes on.
+
+        Raises: StaleInode when no container has it; what the call raises.
+        """
+        shown = file
+        for _ in range(_MOVES):
+            day = self.views.day_of(shown.container)
+            is_current = day is not None and day.has(shown.container)
+            if is_current or shown.container.slot not in self._gone:
+                try:
+                    return await call(*shown)
+                except (ObjectReplaced, NoSuchObject) as error:
+                    log.info("a container is not what it was", key=shown.container.info.key, error=str(error))
+                if day is not None and is_current:
+                    await self._refreshed(partial(day.refresh, unless_since=trio.current_time()))
+                if day is None or not day.has(shown.container):
+                    self._gone = {slot for slot in self._gone if self.views.slots.get(slot) is not None}
+                    self._gone.add(shown.container.slot)
+            successor = None if day is None else await self._successor(day, file)
+            if successor is None or successor == shown:
+                break
+            shown = successor
+        raise StaleInode(f"{file.container.info.key} was replaced or removed")
+
+    async def _successor(self, day: DayView, file: File) -> File | None:
+        """What the path of a file shows now, if that has the file's content."""
+        loaded = file.container.loaded
         try:
-            return await call
-        except (ObjectReplaced, NoSuchObject) as error:
-            day = self.views.day_of(container)
-            if day is not None:
-                await self._refreshed(day.refresh)
-            raise StaleInode(str(error)) from error
+            found = await day.find(loaded.index.name(file.row))
+        except NoSuchPath:
+            return None
+        if found is None:
+            return None
+        new = found.container.loaded
+        is_same = same_content(loaded.index, loaded.meta, file.row, new.index, new.meta, found.row)
+        return found if is_same else None
 
     async def _refreshed(self, refresh: Callable[[], Awaitable[T]]) -> T | None:
         """What a refresh gives; None if it fails, and nothing of the mount ends with it."""

@@ -23,6 +23,7 @@ from des_format.shards import parse_container_name
 InodeNumber = NewType("InodeNumber", int)
 T = TypeVar("T")
 
+NOTHING = InodeNumber(0)
 ROOT = InodeNumber(1)  # FUSE_ROOT_ID
 CONTROL_DIRECTORY = InodeNumber(2)
 CONTROL_FILES = 3  # the first of them

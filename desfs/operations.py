@@ -17,9 +17,9 @@ import structlog
 
 from des_format.errors import DesFormatError
 from desfs import metrics
-from desfs.errors import DesfsError, ReadOnlyMount, errno_of
-from desfs.fs import Attributes, FileSystem
-from desfs.inode import ROOT, InodeNumber
+from desfs.errors import DesfsError, NoSuchPath, ReadOnlyMount, errno_of
+from desfs.fs import FOREVER_S, Attributes, FileSystem
+from desfs.inode import NOTHING, ROOT, InodeNumber
 from desfs.levers import LEVERS
 from desfs.push import ASKED, PUSHED, Batch, Pushed
 from desfs.settings import MountSettings
@@ -88,7 +88,13 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(await self._fs.lookup(parent_inode, name))
+        try:
+            return self._entry(await self._fs.lookup(parent_inode, name))
+        except NoSuchPath as error:
+            if not error.for_long:
+                raise
+            # Inode 0: the kernel remembers that there is no such name.
+            return self._entry(Attributes(NOTHING, 0, 0, 0, FOREVER_S))
 
     @reply("getattr")
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Awaitable, Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -27,11 +28,12 @@ from desfs.errors import (
     StoreUnavailable,
     errno_of,
 )
-from desfs.fs import Attributes, FileSystem
+from desfs.fs import FOREVER_S, Attributes, FileSystem
 from desfs.inode import CONTROL_DIRECTORY, ROOT, InodeNumber, directory_inode, split_file_inode
+from desfs.push import Batch, Pushed
 from desfs.settings import MountSettings
 from desfs.store.file import FileStore
-from tests.mount.stores import WatchedStore, put_container, put_layout, put_sharded
+from tests.mount.stores import WatchedStore, meta_of, put_container, put_layout, put_sharded
 from tests.unit.containers import Item, build
 
 DAY = "2026-11-20"
@@ -51,6 +53,12 @@ class Kernel:
 
     def forget_listing(self, inode: InodeNumber) -> None:
         self.told.append((inode, b""))
+
+    def forget_pages(self, inode: InodeNumber) -> None:
+        raise AssertionError(inode)
+
+    def store_pages(self, batch: Batch) -> Pushed:
+        raise AssertionError(batch)
 
 
 class Entry(NamedTuple):
@@ -108,7 +116,10 @@ def run(world: World, main: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
         with trio.fail_after(60):
             await world.fs.start()
-            await main()
+            async with trio.open_nursery() as nursery:
+                await nursery.start(world.fs.fetcher.run)
+                await main()
+                nursery.cancel_scope.cancel()
 
     trio.run(bounded)
 
@@ -364,6 +375,95 @@ def test_what_was_read_before_a_container_went_can_still_be_read(world: World) -
     run(world, main)
 
 
+def test_an_open_file_goes_on_after_a_merge(world: World) -> None:
+    """A merge or a seal moves content to another container, and deletes the parts: the old inode is read on there, if
+    size, time and checksum are the same. Who knows of the merge asks the store for nothing twice."""
+    for day in (DAY, "archive"):
+        world.put(f"{day}/0-000001.des", "f", "d/g")
+        world.put(f"{day}/0-000002.des", "changed", "h")
+        world.put(f"{day}/1.des", "other")
+
+    async def main() -> None:
+        for day in (DAY, "archive"):
+            old = {name: await world.at(f"{day}/{name}") for name in ("f", "d/g", "h", "changed")}
+            put_container(
+                world.root / day / "0.des", {"f": b"f", "d/g": b"d/g", "h": b"h", "changed": b"changed"}, id="new"
+            )
+            put_container(world.root / day / "0-000003.des", {"changed": b"CHANGED"})
+            for part in (1, 2):
+                (world.root / day / f"0-{part:06d}.des").unlink()
+            if day == "archive":
+                await world.fs.refresh()
+            for again in (False, True):
+                world.store.calls.clear()
+                for name in ("f", "d/g", "h"):
+                    assert bytes(await world.fs.read(old[name].inode, 0, 10)) == name.encode()
+                assert len(world.store.keys("list")) == (day == DAY and not again)
+            assert not {f"{day}/0-000001.des", f"{day}/0-000002.des"}.intersection(world.store.keys("get"))
+            assert await world.fs.xattr(old["f"].inode, b"user.des.container") == f"{day}/0.des".encode()
+            with pytest.raises(StaleInode):
+                await world.fs.read(old["changed"].inode, 0, 10)
+            assert (directory_inode(day.encode()), b"changed") in world.kernel.told
+            assert await world.read(f"{day}/changed") == b"CHANGED"
+            assert (await world.at(f"{day}/f")).inode != old["f"].inode
+
+    run(world, main)
+
+
+@pytest.mark.parametrize("same", ["checksum", "sha256", "nothing"])
+def test_only_a_checksum_tells_that_content_is_the_same(world: World, same: str) -> None:
+    """Without one, or with another time, a file that moved is another file."""
+    data = b"12345"
+    checksums: dict[str, dict[str, object]] = {
+        "checksum": meta_of(data, mtime=5),
+        "sha256": {"sha256": sha256(data).hexdigest(), "mtime": 5},
+        "nothing": {"mtime": 5},
+    }
+
+    def put(stem: str, more: dict[str, object]) -> None:
+        (world.root / DAY).mkdir(exist_ok=True)
+        with DesWriter(world.root / DAY / stem) as writer:
+            writer.add_file("f", data, checksums[same])
+            writer.add_file("g", data, checksums[same] | more)
+
+    put("0-000001.des", {})
+
+    async def main() -> None:
+        f, g = await world.at(f"{DAY}/f"), await world.at(f"{DAY}/g")
+        put("0.des", {"mtime": 6})
+        (world.root / DAY / "0-000001.des").unlink()
+        if same == "nothing":
+            with pytest.raises(StaleInode):
+                await world.fs.read(f.inode, 0, 10)
+        else:
+            assert bytes(await world.fs.read(f.inode, 0, 10)) == data
+        with pytest.raises(StaleInode):
+            await world.fs.read(g.inode, 0, 10)
+
+    run(world, main)
+
+
+def test_many_readers_of_a_container_that_went_list_its_day_once(world: World) -> None:
+    world.put(f"{DAY}/0-000001.des", *(f"f{n}" for n in range(20)))
+
+    async def main() -> None:
+        old = [await world.at(f"{DAY}/f{n}") for n in range(20)]
+        (world.root / DAY / "0-000001.des").rename(world.root / DAY / "0.des")
+        world.store.calls.clear()
+        read: list[bytes] = []
+
+        async def one(inode: int) -> None:
+            read.append(bytes(await world.fs.read(inode, 0, 10)))
+
+        async with trio.open_nursery() as nursery:
+            for attributes in old:
+                nursery.start_soon(one, attributes.inode)
+        assert sorted(read) == sorted(b"f%d" % n for n in range(20))
+        assert len(world.store.keys("list")) <= 2
+
+    run(world, main)
+
+
 def test_inodes_of_a_day_that_went_are_stale(world: World) -> None:
     world.put(f"{DAY}/0.des", "d/f")
     world.put("2026-11-21/0.des", "g")
@@ -378,9 +478,12 @@ def test_inodes_of_a_day_that_went_are_stale(world: World) -> None:
                 await world.fs.getattr(inode)
             with pytest.raises(StaleInode):
                 await entries(world.fs, inode, 0)
+        assert (ROOT, DAY.encode()) in world.kernel.told
         assert await world.names() == ["2026-11-21"]
         world.put(f"{DAY}/0.des", "d/new")
+        world.kernel.told.clear()
         await world.fs.refresh()
+        assert {(ROOT, None), (ROOT, DAY.encode())} <= set(world.kernel.told)
         assert await world.names(f"{DAY}/d") == ["new"]
         assert (await world.at(DAY)).inode == day.inode
 
@@ -388,6 +491,40 @@ def test_inodes_of_a_day_that_went_are_stale(world: World) -> None:
 
 
 # --- refresh -----------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_keeps_what_it_knows_until_it_is_told(world: World) -> None:
+    """No time-to-live cliff: names and attributes are kept for a day, of open days and of names that are not there too;
+    what comes is told. No lookup waits for a listing when there is a view."""
+    world.put(f"{DAY}/0.des", "d/f")
+    world.put("archive/0.des", "f")
+
+    async def absent(parent: int, name: bytes) -> bool:
+        with pytest.raises(NoSuchPath) as caught:
+            await world.fs.lookup(parent, name)
+        return caught.value.for_long
+
+    async def main() -> None:
+        day, archive, folder = [await world.at(path) for path in (DAY, "archive", f"{DAY}/d")]
+        for attributes in (day, archive, folder, await world.fs.getattr(ROOT), await world.at(f"{DAY}/d/f")):
+            assert attributes.timeout_s == FOREVER_S
+        assert (await world.at(".desfs")).timeout_s == 0
+        assert all([await absent(parent.inode, b"new") for parent in (day, archive, folder)])
+        world.store.calls.clear()
+        assert await absent(ROOT, b"2026-11-22")
+        assert await absent(ROOT, b"\xff")
+        assert await absent(archive.inode, b"n" * 256)
+        assert not await absent(CONTROL_DIRECTORY, b"new")
+        assert world.store.calls == []
+        for key in (f"{DAY}/1.des", "archive/1.des", "2026-11-22/0.des"):
+            world.put(key, "new", "d/new")
+        await world.fs.refresh()
+        told = [(ROOT, b"2026-11-22"), (day.inode, b"new"), (archive.inode, b"new"), (folder.inode, b"new")]
+        assert set(told) <= set(world.kernel.told)
+        assert {(inode, None) for inode in (ROOT, day.inode, archive.inode, folder.inode)} <= set(world.kernel.told)
+        assert await world.read(f"{DAY}/d/new") == b"d/new"
+
+    run(world, main)
 
 
 def test_a_day_that_cannot_be_listed_does_not_hold_up_the_others(world: World) -> None:
@@ -424,10 +561,10 @@ def test_the_loop_refreshes_until_it_is_cancelled(tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(world.fs.run, world.kernel)
             world.put("archive/1.des", "g")
-            while await world.names("archive") != ["f", "g"]:  # noqa: ASYNC110 - what is awaited is a refresh
+            while (directory_inode(b"archive"), None) not in world.kernel.told:  # noqa: ASYNC110 - it is a refresh
                 await trio.sleep(0.005)
             nursery.cancel_scope.cancel()
-        assert (directory_inode(b"archive"), None) in world.kernel.told
+        assert await world.names("archive") == ["f", "g"]
 
     run(world, main)
 

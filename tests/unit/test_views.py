@@ -13,13 +13,14 @@ import trio
 import trio.testing
 
 from des_format import placement_shard, shard_hex
+from desfs.day import Changes, DayView
 from desfs.errors import AccessDenied, DamagedDay, DesfsError, NoSuchPath, StoreError, StoreUnavailable
 from desfs.fetch import StoreThreads
 from desfs.layout import Layout
 from desfs.problems import Problems
 from desfs.store.file import FileStore
 from desfs.tree import DayTree
-from desfs.views import Changes, DayView, Views
+from desfs.views import Views
 from tests.fakes.faulty_store import FaultyStore
 from tests.mount.stores import LAYOUT, WatchedStore, put_container, put_layout, put_sharded
 from tests.unit.containers import Item, build, patched
@@ -42,7 +43,7 @@ class World:
         await self.views.start()
 
     async def day(self, name: str = DAY) -> DayView:
-        return await self.views.day(name, 1000.0)
+        return await self.views.day(name)
 
     async def find(self, path: str, name: str = DAY) -> str | None:
         """The container that shows a file, None for a directory."""
@@ -264,7 +265,8 @@ def test_the_root_has_days_and_other_names_that_hold_containers(world: World) ->
 
 
 def test_folders_without_containers_are_looked_at_once_a_minute(world: World) -> None:
-    """A folder of the root that is no day, and holds no containers, costs one listing, and none again for a minute."""
+    """A folder of the root that is no day, and holds no containers, costs one listing, and none for a minute; then
+    a refresh lists it again if somebody has asked for it."""
     for name in ("foreign", "other"):
         (world.root / name).mkdir()
         (world.root / name / "readme.txt").write_text("x")
@@ -292,11 +294,17 @@ def test_folders_without_containers_are_looked_at_once_a_minute(world: World) ->
         assert await ls() == []
         assert listed() == []
         clock.jump(10)
-        assert await ls() == ["other"]
+        assert await ls() == []
+        assert listed() == []  # who asks again does not wait
+        assert await world.views.refresh_folders() == {"other"}
         assert listed() == ["foreign/", "other/"]
-        clock.jump(100)
         assert await ls() == ["other"]
+        clock.jump(100)
+        assert await world.views.refresh_folders() == set()
         assert listed() == ["foreign/"]
+        clock.jump(100)
+        assert await world.views.refresh_folders() == set()
+        assert listed() == []  # nobody has asked
 
     run(main, clock)
 
@@ -328,10 +336,10 @@ def test_days_come_and_go(world: World) -> None:
         await world.start()
         view = await world.day()
         world.put("2026-11-21/0.des", "b")
-        assert await world.views.refresh_root()
-        assert not await world.views.refresh_root()
+        assert await world.views.refresh_root() == {"2026-11-21"}
+        assert await world.views.refresh_root() == set()
         shutil.rmtree(world.root / DAY)
-        assert await world.views.refresh_root()
+        assert await world.views.refresh_root() == {DAY}
         assert await world.views.root_names() == ["2026-11-21"]
         assert not world.views.is_current(view)
         with pytest.raises(NoSuchPath):
@@ -681,7 +689,7 @@ def test_a_first_listing_that_fails_can_be_asked_again(tmp_path: Path, word: str
 
     async def main() -> None:
         await views.start()
-        view = await views.day(DAY, 10)
+        view = await views.day(DAY)
         for script in (f"{word} ok", f"ok {word} ok"):
             store.script = script
             with pytest.raises(DesfsError):
@@ -704,9 +712,14 @@ def test_an_object_that_may_not_be_read_fails_the_day_not_the_mount(world: World
 
     async def main() -> None:
         await world.start()
-        with pytest.raises(AccessDenied):
-            await world.names()
+        for _ in range(2):
+            with pytest.raises(AccessDenied):
+                await world.names()
         assert await world.names("2026-11-21") == [b"b"]
+        assert world.problems.lines() == [f"{DAY}/0.des"]  # the store's words, which are its key here
+        world.store.before = lambda method, key: None
+        assert await world.names() == [b"a"]
+        assert world.problems.lines() == []
 
     run(main)
 
@@ -827,6 +840,7 @@ def test_no_two_listings_of_the_root_have_the_same_time(world: World) -> None:
 
     async def look() -> list[str]:
         await world.views.refresh_root()
+        await world.views.refresh_folders()
         names = await world.views.root_names()
         times.append(world.views.root_mtime_ns)
         return names
@@ -841,12 +855,121 @@ def test_no_two_listings_of_the_root_have_the_same_time(world: World) -> None:
         assert world.views.may_show_more()
         world.put("folder/0.des", "b")
         await trio.sleep(61)
+        assert await look() == [DAY]
         assert await look() == [DAY, "folder"]
         assert not world.views.may_show_more()
         assert await look() == [DAY, "folder"]
         assert len(set(times)) == 3
 
     run(main, clock)
+
+
+def test_names_that_are_not_there_are_remembered_up_to_a_limit(world: World) -> None:
+    """Who was told that a name is not there need not ask again: it is told when it comes. Beyond a megabyte of such
+    names, or ten thousand, each has to be asked for again."""
+    world.put(f"{DAY}/0.des", "here")
+    folders = "/".join(["f" * 250] * 15)
+
+    async def absent(path: str) -> bool:
+        with pytest.raises(NoSuchPath) as caught:
+            await world.find(path)
+        return caught.value.for_long
+
+    async def main() -> None:
+        await world.start()
+        assert await absent("comes")
+        assert await absent("d")
+        assert await absent("d/comes")
+        kept = [await absent(f"{folders}/{number}") for number in range(400)]
+        assert 250 < sum(kept) == kept.index(False) < 300
+        assert await absent("comes")
+        view = await world.day()
+        world.put(f"{DAY}/1.des", "comes", "d/comes", f"{folders}/0", f"{folders}/399")
+        await view.refresh()
+        (change,) = world.changes
+        first = folders.encode() + b"/0"
+        assert {b"comes", b"d", b"d/comes", first} == set(change.paths)
+        world.put(f"{DAY}/2.des", "late")
+        assert await absent("late")
+        world.changes.clear()
+        await view.refresh()
+        assert world.changes[0].paths == [b"late"]
+
+    run(main)
+
+
+def test_shards_are_opened_side_by_side(world: World) -> None:
+    """Lookups in different shards do not wait for one another, nor for a listing of the day that is under way."""
+    put_sharded(world.root, DAY, dict.fromkeys(("a", "b", "c"), b"x"))
+    assert len({shard(name) for name in "abc"}) == 3
+    together = threading.Barrier(2, timeout=20)
+    stalled = threading.Event()
+
+    def meet(method: str, key: str) -> None:
+        if method == "get" and key in (shard("a"), shard("b")):
+            together.wait()
+        if method == "list" and key:
+            stalled.wait(20)
+
+    async def main() -> None:
+        await world.start()
+        view = await world.day()
+        await view.ensure_listed()
+        world.store.before = meet
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.find, "a")
+            nursery.start_soon(world.find, "b")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(view.refresh)
+            await until(lambda: world.store.running == 1)
+            assert await world.find("c") == shard("c")
+            assert await world.find("a") == shard("a")
+            stalled.set()
+        assert sorted(set(world.opened())) == sorted(shard(name) for name in "abc")
+
+    run(main)
+
+
+def test_a_lookup_and_a_listing_open_a_container_once(world: World) -> None:
+    """Who finds a container being opened waits for it; the file's inode is the same for both."""
+    put_sharded(world.root, DAY, {f"{n}": b"x" for n in range(40)})
+    slots: set[int] = set()
+
+    async def find(name: str) -> None:
+        found = await (await world.day()).find(name.encode())
+        assert found is not None
+        slots.add(found.container.slot)
+
+    async def main() -> None:
+        await world.start()
+        world.opened()
+        async with trio.open_nursery() as nursery:
+            for n in range(40):
+                nursery.start_soon(find, f"{n}")
+            nursery.start_soon(world.names)
+        keys = world.opened()
+        assert sorted(set(keys)) == keys
+        assert slots == {container.slot for container in world.views.slots}
+
+    run(main)
+
+
+def test_a_refresh_that_was_asked_for_meanwhile_is_not_made_again(world: World) -> None:
+    world.put(f"{DAY}/0.des", "a")
+
+    async def main() -> None:
+        await world.start()
+        view = await world.day()
+        await view.refresh()  # nothing is shown yet
+        assert world.store.keys("list") == [""]
+        before = trio.current_time()
+        await world.names()
+        await view.refresh(unless_since=before)
+        assert world.store.keys("list") == ["", f"{DAY}/"]
+        await view.refresh(unless_since=trio.current_time())
+        assert world.store.keys("list") == ["", f"{DAY}/", f"{DAY}/"]
+
+    run(main)
 
 
 def test_readers_of_many_containers_share_the_work(world: World) -> None:
