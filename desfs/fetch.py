@@ -40,6 +40,11 @@ STORE_THREADS = 32
 AHEAD = 16
 LEAST_AHEAD = 8
 
+# Pieces that wait to be written to the disk cache: what comes faster than the disk takes it is not kept there.
+_UNSAVED = 16
+# What is being fetched is in memory twice while its end is put to its beginning.
+_COPIES = 2
+
 _META = -1  # in the place of a block: META, by its first byte
 
 
@@ -230,7 +235,7 @@ class Fetcher:
     own: a reader that is cancelled leaves them to the others.
 
     Memory: what is being fetched and what is kept have `cache_bytes` together, the cache gives way. Fetches ahead take
-    a quarter, with those that somebody waits for it is a half; one alone may be of any size.
+    three eighths, with those that somebody waits for it is twice that; one alone may be of any size.
     """
 
     def __init__(
@@ -245,7 +250,7 @@ class Fetcher:
         self.cache = PieceCache(cache_bytes)
         self.bytes_in_flight = 0
         self._memory = cache_bytes
-        self._room_ahead = max(cache_bytes // 4, PIECE)
+        self._room_ahead = max(cache_bytes * 3 // 8, _COPIES * PIECE)
         # A piece has to leave room for others.
         self._piece_bytes = min(PIECE, max(cache_bytes // 8, BLOCK))
         self._max_gap = max_gap
@@ -254,6 +259,8 @@ class Fetcher:
         self.disk = disk
         # Told of every piece of small payloads that has come.
         self.on_piece: Callable[[OpenContainer, Piece], None] = lambda container, piece: None
+        self._savers = trio.CapacityLimiter(2)
+        self._unsaved = 0
         self._ahead_running = 0
         self._waiting: deque[Flight] = deque()  # those that are wanted have started, or will from the other queue
         self._wanted: deque[Flight] = deque()
@@ -321,11 +328,24 @@ class Fetcher:
         start, stop = container.blocks.extent(first, last)
 
         async def bring() -> Piece:
-            piece = await self.threads.fetch(_bring_blocks, self.threads.store, self.disk, container, first, last)
+            store, disk = self.threads.store, self.disk
+            piece, unsaved = await self.threads.fetch(_bring_blocks, store, disk, container, first, last)
             self.on_piece(container, piece)
+            if disk is not None and unsaved and self._unsaved < _UNSAVED and self._nursery is not None:
+                self._unsaved += 1
+                self._nursery.start_soon(self._keep, disk, container.info, piece, unsaved)
             return piece
 
         return self.start(keys, stop - start, bring)
+
+    async def _keep(self, disk: DiskCache, info: ObjectInfo, piece: Piece, bounds: list[tuple[int, int]]) -> None:
+        """Write to the disk cache what has come: nobody waits for it."""
+        try:
+            await trio.to_thread.run_sync(_save, disk, self.threads.store, info, piece, bounds, limiter=self._savers)
+        except Exception:  # of a cache, which reports its disk's errors by itself
+            log.exception("unexpected error in the disk cache")
+        finally:
+            self._unsaved -= 1
 
     async def _once_more(self, container: OpenContainer, row: int, offset: int, length: int) -> memoryview:
         """A payload that did not match its checksum: it may be the way's fault, not the store's."""
@@ -389,7 +409,7 @@ class Fetcher:
         turn. Raises: DeadlineExceeded when the fetcher does not run."""
         if self._nursery is None:
             raise DeadlineExceeded("nothing is fetched: the mount has not begun, or is ending")
-        flight = Flight(keys, size, bring)
+        flight = Flight(keys, _COPIES * size, bring)
         for key in keys:
             self._flights[key] = flight
         self._waiting.append(flight)  # here: tasks do not begin in the order in which they were started
@@ -456,34 +476,45 @@ class Fetcher:
         self.cache.resize(max(self._memory - self.bytes_in_flight, 0))
 
 
-def _bring_blocks(store: Store, disk: DiskCache | None, container: OpenContainer, first: int, last: int) -> Piece:
-    """Fetch and verify blocks that are one run of bytes; blocking. Raises: NoSuchObject, ObjectReplaced; StoreError."""
+def _bring_blocks(
+    store: Store, disk: DiskCache | None, container: OpenContainer, first: int, last: int
+) -> tuple[Piece, list[tuple[int, int]]]:
+    """Fetch and verify blocks that are one run of bytes; blocking. Also the blocks that the disk cache lacks.
+
+    Raises: NoSuchObject, ObjectReplaced; StoreError.
+    """
     blocks, info = container.blocks, container.info
     start, stop = blocks.extent(first, last)
     bounds = [(int(blocks.start[place]), int(blocks.stop[place])) for place in range(first, last)]
-    data: bytes | memoryview
-    if disk is None:
+    data: bytes | memoryview | None = None
+    missing = bounds if disk is not None else []
+    if disk is not None:
+        version = ObjectVersion(store.url, info.key, info.etag)
+        data = disk.get(version, start, stop)  # without gaps between the blocks it is all or nothing, most often
+        if data is None:
+            found = disk.get_many(version, bounds)
+            missing = [bound for bound, block in zip(bounds, found, strict=True) if block is None]
+            if len(missing) < len(bounds):
+                whole = bytearray(stop - start)
+                for (low, high), block in zip(bounds, found, strict=True):
+                    if block is not None:
+                        whole[low - start : high - start] = block
+                for low, high in plan_gets(missing, max_gap=0, max_request=PIECE):
+                    whole[low - start : high - start] = store.get_range(info.key, low, high, if_match=info.etag).data
+                data = memoryview(whole).toreadonly()
+        else:
+            missing = []
+    if data is None:
         data = store.get_range(info.key, start, stop, if_match=info.etag).data
-        bad = _bad_rows(container, first, last, start, data)
-        return Piece(container.number, SMALL, first, last, start, data, bad)
-    version = ObjectVersion(store.url, info.key, info.etag)
-    found = disk.get_many(version, bounds)
-    missing = [bound for bound, block in zip(bounds, found, strict=True) if block is None]
-    if len(missing) == len(bounds):
-        data = store.get_range(info.key, start, stop, if_match=info.etag).data
-    else:
-        whole = bytearray(stop - start)
-        for (low, _), block in zip(bounds, found, strict=True):
-            if block is not None:
-                whole[low - start : low - start + len(block)] = block
-        for low, high in plan_gets(missing, max_gap=0, max_request=PIECE):
-            whole[low - start : high - start] = store.get_range(info.key, low, high, if_match=info.etag).data
-        data = bytes(whole)
     bad = _bad_rows(container, first, last, start, data)
-    if missing and not bad:
-        view = memoryview(data)
-        disk.put(version, [(low, high, view[low - start : high - start]) for low, high in missing])
-    return Piece(container.number, SMALL, first, last, start, data, bad)
+    return Piece(container.number, SMALL, first, last, start, data, bad), [] if bad else missing
+
+
+def _save(disk: DiskCache, store: Store, info: ObjectInfo, piece: Piece, bounds: list[tuple[int, int]]) -> None:
+    """Keep blocks of a piece on the disk; blocking."""
+    view, start = memoryview(piece.data), piece.start
+    version = ObjectVersion(store.url, info.key, info.etag)
+    disk.put(version, [(low, high, view[low - start : high - start]) for low, high in bounds])
 
 
 def _bad_rows(container: OpenContainer, first: int, last: int, start: int, data: bytes | memoryview) -> frozenset[int]:

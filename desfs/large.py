@@ -52,6 +52,7 @@ class LargePayloads:
         self._problems = fetcher.problems
         self._max_ahead = max_ahead
         self._walks: OrderedDict[tuple[int, int], _Walk] = OrderedDict()
+        self._pinning: dict[tuple[int, int], trio.Lock] = {}
 
     async def read(self, container: OpenContainer, row: int, offset: int, stop: int) -> bytes | memoryview:
         """The bytes [offset, stop) of a payload, which end at its end at the latest.
@@ -148,10 +149,18 @@ class LargePayloads:
         """[start, stop) of a payload as the disk cache, or the store, has it, and the version of the external object.
         `past_disk`: what is kept has turned out to be wrong."""
         external = bool(container.loaded.index.flags[row] & EXTERNAL)
-        version = container.externals.get(row) if external else None
         disk = self._fetcher.disk
-        # The first bytes of an external object that come from the store say which version it has.
-        if disk is not None and start < stop and not past_disk and (version is not None or not external):
+        if disk is not None and external and row not in container.externals:
+            # The first bytes that come from the store say which version it has; the others may be on disk then.
+            place = (container.number, row)
+            async with self._pinning.setdefault(place, trio.Lock()):
+                if row not in container.externals:
+                    try:
+                        return await self._external(container, row, start, stop)
+                    finally:
+                        self._pinning.pop(place, None)
+        version = container.externals.get(row) if external else None
+        if disk is not None and start < stop and not past_disk:
             kept = _kept_as(self._threads.store.url, container, row, version)
             (found,) = await self._threads.fetch(disk.get_many, kept, [(start, stop)])
             if found is not None:

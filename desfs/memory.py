@@ -11,6 +11,10 @@ import ctypes
 
 _M_ARENA_MAX = -8  # malloc.h
 _ARENAS = 2
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_BUFFER = 64 * 1024
+_KEPT_FREE = 1024 * 1024
 
 _libc = ctypes.CDLL(None)
 
@@ -19,6 +23,15 @@ def limit_arenas() -> None:
     """Before the first thread is started."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def keep_small() -> None:
+    """Have each buffer that is larger than a few pages returned to the system when it is freed. With a small limit for
+    payloads, the space between those that glibc keeps would be as much again (seen: 60 MiB with a limit of 64); now
+    each costs its page faults, a quarter of a millisecond a MiB. Before the first thread is started."""
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_MMAP_THRESHOLD, _BUFFER)
+        _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE)
 
 
 def give_back() -> None:

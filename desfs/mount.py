@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import tempfile
@@ -30,8 +29,6 @@ _START_LIMIT_S = 12.0  # for all of the start: a try under way when the time is 
 # pyfuse3's default of 99 is too few: 120 reads that wait for S3 held up a stat for 6.5 s (measured). A waiting task
 # costs about 10 KB.
 _MAX_TASKS = 1000
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_LARGE_BUFFER = 1024 * 1024
 _SMALL_MEMORY = 128 * 1024 * 1024
 _END_S = 2.0  # for requests under way when a signal comes; pyfuse3 by itself waits for them as long as they take
 
@@ -62,17 +59,9 @@ def serve(source: str, mountpoint: str, settings: MountSettings, ready: Callable
     trio.run(_serve, source, mountpoint, settings, ready)
 
 
-def _keep_memory_small() -> None:
-    """Have glibc return each large buffer to the system when it is freed: with a small `memory` limit the space between
-    those that it keeps would be as much again (seen: 17 MiB of 64). Each buffer then costs its page faults."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BUFFER)
-
-
 async def _serve(source: str, mountpoint: str, settings: MountSettings, ready: Callable[[], None]) -> None:
     if settings.memory <= _SMALL_MEMORY:
-        _keep_memory_small()
+        memory.keep_small()
     store = open_store(source, settings.s3_options(), deadline_s=min(_START_S, settings.deadline))
     fs = FileSystem(store, settings)
     with trio.move_on_after(_START_LIMIT_S) as limit:
