@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,7 @@ _END = b"\r\n\r\n"
 
 class Request(NamedTuple):
     """What a client asked for: `kind` is LIST for a listing, otherwise the method; `length` the bytes of the answer's
-    body."""
+    body that have gone through."""
 
     kind: str
     path: str
@@ -46,14 +46,10 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """The requests of a time."""
+    """The requests of a time, and the bytes of all bodies in that time, those of earlier requests too."""
 
     requests: list[Request]
-
-    @property
-    def received(self) -> int:
-        """Bytes of all the bodies."""
-        return sum(request.length for request in self.requests)
+    received: int
 
     def count(self, kind: str) -> int:
         return sum(request.kind == kind for request in self.requests)
@@ -69,12 +65,13 @@ class DelayProxy:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def take(self) -> Traffic:
-        """The requests whose answers began since the last call."""
+        """The requests whose answers began since the last call, and the bytes since then."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("take\n")
         self._process.stdin.flush()
-        return Traffic([Request(*each) for each in json.loads(self._process.stdout.readline())])
+        requests, received = json.loads(self._process.stdout.readline())
+        return Traffic([Request(*each) for each in requests], received)
 
 
 @contextlib.contextmanager
@@ -102,18 +99,52 @@ class _Ended(Exception):
     """One side closed the connection."""
 
 
+class _Answer:
+    """A request whose answer is on its way. `length` grows; a client may go before it has all of it."""
+
+    def __init__(self, method: bytes, target: bytes, status: int) -> None:
+        url = urlsplit(target.decode("latin-1"))
+        self._path = unquote(url.path)
+        # A bucket without a key: a listing, but for the few questions about the bucket itself.
+        listing = method == b"GET" and "/" not in self._path.strip("/")
+        self._kind = "LIST" if listing else method.decode()
+        self._status = status
+        self.length = 0
+        self.ended = False
+        self.reported = 0
+        self.is_new = True
+
+    def request(self) -> Request:
+        return Request(self._kind, self._path, self._status, self.length)
+
+
 class _Counter:
-    """Any thread may use it: appending to a list is atomic, and so is replacing it."""
+    """Any thread may add; `take` is for one."""
 
     def __init__(self) -> None:
-        self._requests: list[Request] = []
+        self._answers: list[_Answer] = []
+        self._lock = threading.Lock()
 
-    def add(self, request: Request) -> None:
-        self._requests.append(request)
+    def add(self, answer: _Answer) -> None:
+        with self._lock:
+            self._answers.append(answer)
 
-    def take(self) -> list[Request]:
-        taken, self._requests = self._requests, []
-        return taken
+    def take(self) -> tuple[list[Request], int]:
+        """The new requests, and the bytes since the last call."""
+        with self._lock:
+            taken, self._answers = self._answers, []
+        requests, received = [], 0
+        for answer in taken:
+            ended = answer.ended  # read before the length, which is final then
+            length = answer.length
+            received += length - answer.reported
+            answer.reported = length
+            if answer.is_new:
+                requests.append(answer.request())
+                answer.is_new = False
+            if not ended:
+                self.add(answer)
+        return requests, received
 
 
 class _Stream:
@@ -190,15 +221,15 @@ class _Connection:
         status = _status(answer)
         time.sleep(self._delay_s)
         bare = method == b"HEAD" or status in (204, 304)
-
-        def count(length: int) -> None:
-            self._counter.add(_request(method, target, status, length))
-
-        if bare:
-            count(0)
-            self._client.socket.sendall(answer)
-        else:
-            self._forward(self._upstream, self._client, received, answer, count)
+        counted = _Answer(method, target, status)
+        self._counter.add(counted)
+        try:
+            if bare:
+                self._client.socket.sendall(answer)
+            else:
+                self._forward(self._upstream, self._client, received, answer, counted)
+        finally:
+            counted.ended = True
         closes = b"close" in received.get(b"connection", b"") or b"close" in headers.get(b"connection", b"")
         return not closes
 
@@ -208,32 +239,34 @@ class _Connection:
         target: _Stream,
         headers: dict[bytes, bytes],
         before: bytes = b"",
-        count: Callable[[int], None] = lambda length: None,
+        counted: _Answer | None = None,
     ) -> None:
-        """Forward a body, after the bytes in `before`. `count` is told its length before the target has all of it: who
-        has got an answer finds it counted."""
+        """Forward a body, after the bytes in `before`. Bytes are counted before the target has them: who has got an
+        answer finds it counted."""
         if b"chunked" in headers.get(b"transfer-encoding", b"").lower():
-            self._forward_chunks(source, target, before, count)
+            self._forward_chunks(source, target, before, counted)
             return
         length = int(headers.get(b"content-length", 0))
-        count(length)
         ahead, source.ahead = source.ahead[:length], source.ahead[length:]
+        if counted:
+            counted.length += len(ahead)
         if before or ahead:
             target.socket.sendall(before + ahead)
-        self._splice(source, target, length - len(ahead))
+        self._splice(source, target, length - len(ahead), counted)
 
-    def _splice(self, source: _Stream, target: _Stream, length: int) -> None:
+    def _splice(self, source: _Stream, target: _Stream, length: int, counted: _Answer | None) -> None:
         reader, writer = self._pipe
         while length:
             moved = os.splice(source.socket.fileno(), writer, min(length, PIPE))
             if not moved:
                 raise _Ended
             length -= moved
+            if counted:
+                counted.length += moved
             while moved:
                 moved -= os.splice(reader, target.socket.fileno(), moved)
 
-    def _forward_chunks(self, source: _Stream, target: _Stream, before: bytes, count: Callable[[int], None]) -> None:
-        length = 0
+    def _forward_chunks(self, source: _Stream, target: _Stream, before: bytes, counted: _Answer | None) -> None:
         pieces = [before]
         while True:
             line = source.line()
@@ -241,15 +274,15 @@ class _Connection:
             pieces.append(line)
             if size == 0:
                 break
-            length += size
+            if counted:
+                counted.length += size
             wanted = size + 2
             ahead, source.ahead = source.ahead[:wanted], source.ahead[wanted:]
             target.socket.sendall(b"".join((*pieces, ahead)))
             pieces = []
-            self._splice(source, target, wanted - len(ahead))
+            self._splice(source, target, wanted - len(ahead), None)
         while (trailer := source.line()) != b"\r\n":
             pieces.append(trailer)
-        count(length)
         target.socket.sendall(b"".join((*pieces, trailer)))
 
 
@@ -260,14 +293,6 @@ def _headers(head: bytes) -> dict[bytes, bytes]:
 
 def _status(head: bytes) -> int:
     return int(head.split(b" ", 2)[1])
-
-
-def _request(method: bytes, target: bytes, status: int, length: int) -> Request:
-    url = urlsplit(target.decode("latin-1"))
-    path = unquote(url.path)
-    # A bucket without a key: a listing, but for the few questions about the bucket itself.
-    listing = method == b"GET" and "/" not in path.strip("/")
-    return Request("LIST" if listing else method.decode(), path, status, length)
 
 
 def _serve(client: socket.socket, upstream: tuple[str, int], delay_s: float, counter: _Counter) -> None:

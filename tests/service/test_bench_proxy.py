@@ -64,6 +64,19 @@ def test_requests_are_counted_once(s3: S3Server, bucket: str, proxy: DelayProxy)
     assert proxy.take().requests == []
 
 
+def test_of_an_answer_that_its_client_leaves_only_what_went_through_counts(
+    s3: S3Server, bucket: str, proxy: DelayProxy
+) -> None:
+    s3.client().put_object(Bucket=bucket, Key="a", Body=bytes(64 * 1024 * 1024))
+    body = s3.client(endpoint_url=proxy.url).get_object(Bucket=bucket, Key="a")["Body"]
+    assert len(body.read(1000)) == 1000
+    first = proxy.take()
+    body.close()
+    assert first.count("GET") == 1
+    assert 1000 <= first.received < 64 * 1024 * 1024
+    assert proxy.take().requests == []
+
+
 def test_each_response_is_delayed_and_none_waits_for_another(s3: S3Server, bucket: str, proxy: DelayProxy) -> None:
     s3.client().put_object(Bucket=bucket, Key="a", Body=b"1")
     client = s3.client(endpoint_url=proxy.url)
