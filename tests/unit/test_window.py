@@ -1,54 +1,297 @@
-"""docs/architecture.md, Prefetch: what is fetched around a read."""
+"""docs/architecture.md, Prefetch: windows for those who walk forward, rent or buy for the others."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import log2
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from des_format.index import BAD_DATA, BAD_FLAGS, TOMBSTONE, Index
-from des_format.layout import COMPRESSED, DELETED, EXTERNAL
-from des_format.source import open_container
-from desfs.window import NEIGHBOURHOOD, neighbourhood
-from tests.unit.containers import Item, MemorySource, build
+from desfs.blocks import BLOCK
+from desfs.store.link import Link
+from desfs.window import PARALLEL, Accounts, Buy, Scan, Window, buy_cost_s, rent_size
 
-ITEMS = st.builds(
-    Item,
-    name=st.binary(min_size=1, max_size=3),
-    data=st.binary(max_size=30),
-    flags=st.sampled_from([0, 0, 0, EXTERNAL, COMPRESSED, DELETED]),
-    data_offset=st.sampled_from([None, None, None, 0, 16, 20, 10**9]),
+PIECE = 4 << 20
+ALL = 1 << 60
+LINKS = st.builds(
+    Link,
+    latency_s=st.floats(1e-4, 1.0, allow_nan=False),
+    bandwidth=st.floats(1e5, 1e10, allow_nan=False),
 )
 
 
-def index_of(*items: Item) -> Index:
-    return open_container(MemorySource(build(items))).index
+# --- random reads: rent or buy -----------------------------------------------------------------------------------
 
 
-@given(st.lists(ITEMS, min_size=1, max_size=12), st.data(), st.integers(0, 60))
-def test_a_neighbourhood_is_one_range_of_sound_payloads(items: list[Item], data: st.DataObject, limit: int) -> None:
-    """A single cold read fetches its file and a small neighbourhood: adjacent payloads, ascending, none twice, within
-    the limit; one whose payload is not there ends it."""
-    index = index_of(*items)
-    sound = [
-        row
-        for row in range(index.rows)
-        if not index.state[row] & (BAD_DATA | BAD_FLAGS | TOMBSTONE) and not index.flags[row] & EXTERNAL
-    ]
-    if not sound:
-        return
-    row = data.draw(st.sampled_from(sound))
-    rows = neighbourhood(index, row, limit)
-    assert rows.start == row
-    assert set(rows) <= set(sound)
-    ends = [int(index.data_offset[each] + index.data_length[each]) for each in rows]
-    starts = [int(index.data_offset[each]) for each in rows]
-    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
-    assert len(rows) == 1 or ends[-1] - starts[0] <= limit
+@dataclass
+class Container:
+    """Files one behind the other, and which of them are in memory."""
+
+    sizes: list[int]
+    held: set[int] = field(default_factory=set)
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def left(self) -> int:
+        return self.total - sum(self.sizes[number] for number in self.held)
+
+    def rent(self, number: int, limit: int) -> int:
+        """Fetch a file and its neighbours behind it; their bytes."""
+        brought, at = self.sizes[number], number + 1
+        self.held.add(number)
+        while at < len(self.sizes) and brought + self.sizes[at] <= limit:
+            brought += self.sizes[at]
+            self.held.add(at)
+            at += 1
+        return brought
 
 
-def test_small_files_come_together_and_a_large_one_alone() -> None:
-    small = index_of(*(Item(b"%03d" % n, b"x" * 1000) for n in range(200)))
-    assert neighbourhood(small, 0) == range(NEIGHBOURHOOD // 1000)
-    assert neighbourhood(small, 199) == range(199, 200)
-    large = index_of(Item(b"a", b"x" * (NEIGHBOURHOOD + 1)), Item(b"b", b"y"))
-    assert neighbourhood(large, 0) == range(1)
+Trace = list[tuple[int, int]]
+
+
+def buy_s(size: int, link: Link) -> float:
+    return buy_cost_s(size, -(-size // PIECE), link) if size else 0.0
+
+
+def rent_only_s(sizes: list[int], files: list[int], link: Link) -> float:
+    container, cost = Container(sizes), 0.0
+    for number in files:
+        if number not in container.held:
+            cost += link.time_s(container.rent(number, rent_size(link)))
+    return cost
+
+
+def played(days: list[list[int]], trace: Trace, link: Link, affordable: int = ALL) -> tuple[float, float, list[Buy]]:
+    """What the policy costs over a trace, in waiting for misses and in purchases; its dearest miss; its purchases."""
+    containers = [Container(sizes) for sizes in days]
+    accounts, bought = Accounts(), []
+    cost = dearest = 0.0
+    for place, number in trace:
+        container = containers[place]
+        if number in container.held:
+            continue
+        waited = link.time_s(container.rent(number, rent_size(link)))
+        cost, dearest = cost + waited, max(dearest, waited)
+        lefts = {each: other.left for each, other in enumerate(containers)}
+        decision = accounts.miss(place, waited, lefts, PIECE, affordable, link)
+        if decision is Buy.NOTHING:
+            continue
+        bought.append(decision)
+        taken = [container] if decision is Buy.CONTAINER else containers
+        left = sum(each.left for each in taken)
+        assert 0 < left <= affordable
+        requests = sum(-(-each.left // PIECE) for each in taken)
+        cost += buy_cost_s(left, requests, link)
+        for each in taken:
+            each.held = set(range(len(each.sizes)))
+    return cost, dearest, bought
+
+
+SIZES = st.lists(st.integers(1, 3_000_000), min_size=1, max_size=25)
+
+
+@st.composite
+def days_and_traces(draw: st.DrawFn, most: int) -> tuple[list[list[int]], Trace]:
+    days = draw(st.lists(SIZES, min_size=1, max_size=most))
+    files = [(place, number) for place, sizes in enumerate(days) for number in range(len(sizes))]
+    return days, draw(st.lists(st.sampled_from(files), max_size=80))
+
+
+@given(days_and_traces(most=1), LINKS)
+def test_one_container_costs_at_most_twice_the_best_choice_with_hindsight_and_one_miss(
+    given_: tuple[list[list[int]], Trace], link: Link
+) -> None:
+    """Rent or buy: never worse than twice the best choice made with hindsight, plus one window."""
+    (sizes,), trace = given_
+    cost, dearest, bought = played([sizes], trace, link)
+    best = min(rent_only_s(sizes, [number for _, number in trace], link), buy_s(sum(sizes), link))
+    assert cost <= 2 * best + dearest + 1e-9
+    assert len(bought) <= 1
+
+
+@given(days_and_traces(most=6), LINKS)
+def test_a_day_costs_at_most_twice_the_best_choice_for_each_container_and_a_miss_of_each(
+    given_: tuple[list[list[int]], Trace], link: Link
+) -> None:
+    """Containers are bought one by one, and the rest of a day when its misses have cost as much."""
+    days, trace = given_
+    cost, dearest, bought = played(days, trace, link)
+    best = 0.0
+    for place, sizes in enumerate(days):
+        files = [number for each, number in trace if each == place]
+        best += min(rent_only_s(sizes, files, link), buy_s(sum(sizes), link))
+    touched = len({place for place, _ in trace})
+    assert cost <= 2 * best + touched * dearest + 1e-9
+    assert bought.count(Buy.DAY) <= 1
+
+
+@given(days_and_traces(most=6), LINKS, st.integers(0, 30_000_000))
+def test_nothing_is_bought_that_memory_does_not_hold(
+    given_: tuple[list[list[int]], Trace], link: Link, affordable: int
+) -> None:
+    played(*given_, link, affordable)  # it asserts that
+
+
+def test_two_hundred_random_files_of_a_day_take_the_time_of_a_few_round_trips() -> None:
+    """200 random files of a 120 MB day of 16 containers, 20 ms away."""
+    days = [[12_000] * 625] * 16
+    trace = [(n * 7 % 16, n * 389 % 625) for n in range(200)]
+    link = Link(0.02, 400e6)
+    cost, _, bought = played(days, trace, link)
+    assert Buy.DAY in bought
+    assert cost < 40 * link.latency_s
+
+
+def test_many_requests_run_at_a_time() -> None:
+    link = Link(0.02, 1e9)
+    assert buy_cost_s(0, PARALLEL, link) == pytest.approx(0.02)
+    assert buy_cost_s(10**9, PARALLEL + 1, link) == pytest.approx(1.04)
+
+
+@given(LINKS)
+def test_a_single_read_brings_what_costs_no_time_worth_speaking_of(link: Link) -> None:
+    size = rent_size(link)
+    assert BLOCK <= size <= 1 << 20
+    assert size == BLOCK or size / link.bandwidth <= 0.1 * link.latency_s
+
+
+# --- scans: windows that double ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Scanned:
+    """What came of a scan. `asked` are the bytes that were fetched, `unseen` the files that the kernel had."""
+
+    windows: list[Window]
+    asked: int
+    unseen: int
+    waits: int
+
+
+def scan(sizes: list[int], link: Link, max_window: int, *, announced: bool, pushed: bool) -> Scanned:
+    """Read files one behind the other; with `pushed` the kernel takes what it is given, and asks for the rest."""
+    total, at, fetched = sum(sizes), 0, 0
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    in_kernel: set[int] = set()
+    reader: Scan | None = None
+    result = Scanned([], 0, 0, 0)
+    for number, (start, stop) in enumerate(pairwise(starts)):
+        at = start
+        if number in in_kernel:
+            result.unseen += 1
+            continue
+        cached = stop <= fetched
+        window: Window | None
+        if reader is None:
+            reader, window = Scan.begin(at, stop, total, announced, link, max_window)
+        elif reader.is_step(at, cached):
+            window = reader.step(at, stop, total, cached, link)
+        else:
+            window = None
+            assert cached, f"file {number} at {at} is nobody's step: {reader}"
+        if window is not None:
+            result.windows.append(window)
+            # Blocks come whole, and a file is in one block.
+            end = starts[min(bisect_left(starts, window.stop), len(sizes))]
+            result.asked += max(end - max(fetched, window.start), 0)
+            assert window.start <= max(fetched, at), "a hole in front of the window"
+            fetched = max(fetched, end)
+            if pushed and window.push:
+                inside = [
+                    each for each in range(len(sizes)) if window.start <= starts[each] and starts[each + 1] <= end
+                ]
+                held_back = next((each for each in inside if starts[each] >= window.marker), None)
+                in_kernel |= {each for each in inside if each not in (held_back, number)}
+        if not cached:
+            result.waits += 1
+            assert stop <= fetched, "the reader waits for what nobody fetches"
+    return result
+
+
+@given(
+    sizes=st.lists(st.integers(1, 300_000), min_size=1, max_size=300),
+    link=LINKS,
+    max_window=st.integers(BLOCK, 64 << 20),
+    announced=st.booleans(),
+    pushed=st.booleans(),
+)
+def test_a_scan_fetches_every_byte_once_in_windows_that_double(
+    sizes: list[int], link: Link, max_window: int, announced: bool, pushed: bool
+) -> None:
+    """When reads walk forward, a window opens and doubles, up to `max_prefetch`; nothing is fetched twice, and no
+    window is larger than it may be, but for a file that is."""
+    total, largest = sum(sizes), max(sizes)
+    result = scan(sizes, link, max_window, announced=announced, pushed=pushed)
+    assert result.asked <= total
+    for window in result.windows:
+        assert window.stop - window.start <= max(max_window, rent_size(link)) + largest
+    first = result.windows[0].stop - result.windows[0].start
+    doublings = log2(max(max_window / max(min(first, max_window), 1), 1)) + 1
+    assert len(result.windows) <= 2 + doublings + total / max_window * 2 + result.waits
+
+
+@given(
+    count=st.integers(1, 4000),
+    size=st.integers(1000, 30_000),
+    link=LINKS,
+    announced=st.booleans(),
+    pushed=st.booleans(),
+)
+def test_the_windows_of_a_scan_are_few(count: int, size: int, link: Link, announced: bool, pushed: bool) -> None:
+    """Small files: the number of windows goes with the logarithm of the bytes, and the reader waits twice at most."""
+    result = scan([size] * count, link, ALL, announced=announced, pushed=pushed)
+    assert len(result.windows) <= log2(count * size / BLOCK + 1) + 3
+    assert result.waits <= 2
+    if pushed:
+        beyond = [window for window in result.windows if window.push]
+        unseen = sum((min(window.stop, count * size) - window.start) // size for window in beyond) - 4 * len(beyond)
+        assert result.unseen >= unseen  # but for the markers the kernel has it all
+
+
+def test_windows_are_pushed_from_the_second_one_on_and_from_the_first_where_it_was_announced() -> None:
+    link = Link(0.02, 100e6)
+    for announced in (False, True):
+        result = scan([10_000] * 2000, link, 8 << 20, announced=announced, pushed=True)
+        assert [window.push for window in result.windows] == [announced] + [True] * (len(result.windows) - 1)
+
+
+@given(
+    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 50 << 20)), min_size=1, max_size=60),
+    size=st.integers(1, 100_000),
+    link=LINKS,
+)
+def test_a_random_reader_is_given_no_pushes(steps: list[tuple[bool, int]], size: int, link: Link) -> None:
+    """Who reads here and there is nobody's next step, wherever readers were seen before."""
+    scans: list[Scan] = []
+    base = 1 << 40
+    at = base
+    for forward, step in steps:
+        distance = 2 * rent_size(link) + 4 * BLOCK + size + step
+        at = at + distance if forward else at - distance
+        if any(each.start - distance // 2 < at < each.end + 3 * BLOCK for each in scans):
+            continue  # by chance where another one was
+        assert not any(each.is_step(at, False) for each in scans)
+        scan_, window = Scan.begin(at, at + size, ALL, False, link, 64 << 20)
+        assert not window.push
+        assert window.stop - window.start <= max(rent_size(link), size)
+        scans.append(scan_)
+
+
+def test_a_window_ends_where_nobody_knows_how_the_reader_goes_on() -> None:
+    link = Link(0.02, 100e6)
+    reader, window = Scan.begin(0, 1000, 5000, True, link, 64 << 20)
+    assert window.stop == max(5000, rent_size(link))
+    reader, window = Scan.begin(0, 1000, 10 << 20, True, link, 1 << 20)
+    assert window == Window(0, 1 << 20, True, 1000)
+    following = reader.step(reader.marker, reader.marker + 1000, (1 << 20) + 5, True, link)
+    assert following == Window(1 << 20, (1 << 20) + 5, True, 1 << 20)
+    assert reader.step(1 << 20, (1 << 20) + 5, (1 << 20) + 5, True, link) is None
