@@ -71,7 +71,8 @@ def rent_only_s(sizes: list[int], files: list[int], link: Link) -> float:
 def played(days: list[list[int]], trace: Trace, link: Link, affordable: int = ALL) -> tuple[float, float, list[Buy]]:
     """What the policy costs over a trace, in waiting for misses and in purchases; its dearest miss; its purchases."""
     containers = [Container(sizes) for sizes in days]
-    accounts, bought = Accounts(), []
+    accounts = Accounts()
+    bought: list[Buy] = []
     cost = dearest = 0.0
     for place, number in trace:
         container = containers[place]
