@@ -5,7 +5,7 @@ The decisions are those of desfs.window and desfs.walk; here they meet the conta
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,13 +24,17 @@ from desfs.large import LargePayloads
 from desfs.push import ASKED, LISTED, PUSHED, Pusher
 from desfs.store.link import Link
 from desfs.tree import DayTree, Member
-from desfs.walk import Order, following
+from desfs.walk import Order, entered, following
 from desfs.window import Accounts, Buy, Scan, Window, rent_size
 
 _WALKS = 32  # readers of a day that are followed at a time; the one that was quiet longest is forgotten
 # Whoever walks through a day that so many windows would bring is brought all of it: in whole pieces of the containers,
 # which takes fewer requests than the directories' own pieces in the order of the walk.
 _MOST = 16
+# Whoever lists a directory, then those below it, and reads the first file of all, walks through it: if there is no more
+# time than this between.
+_AT_ONCE_S = 2.0
+_LISTINGS = 1000  # that are remembered
 
 
 class Stop(NamedTuple):
@@ -80,6 +84,7 @@ class _Walk:
         self.known = 0
         self.scan: Scan
         self.is_ordered = False
+        self.has_all = False
         # The run that would come next, by container and directory, in each order that the reader may follow.
         self.steps: dict[tuple[int, bytes], Order] | None = None
         self._places: dict[tuple[int, bytes], int] = {}
@@ -128,6 +133,7 @@ class _Day:
     def __init__(self) -> None:
         self.accounts = Accounts()
         self.walks: deque[_Walk] = deque(maxlen=_WALKS)  # the one that was used last stands last
+        self.listings: OrderedDict[bytes, float] = OrderedDict()  # when a directory was listed
         self._route: Route = ()
         self._stops: dict[int, Stop] = {}
 
@@ -151,7 +157,6 @@ class Prefetcher:
         self._large = LargePayloads(fetcher, self._max_window)
         self._days: dict[str, _Day] = {}
         self._plans: WeakKeyDictionary[OpenContainer, _Plan] = WeakKeyDictionary()
-        self._bought: set[int] = set()
         fetcher.on_piece = self._came
 
     async def read(
@@ -208,6 +213,14 @@ class Prefetcher:
         for piece in self._fetcher.held(container, first, last):
             self._push(container, plan, piece, first, last)
 
+    def listing(self, day: str, path: bytes) -> None:
+        """Somebody begins to list a directory of a day."""
+        listings = self._days.setdefault(day, _Day()).listings
+        listings.pop(path, None)
+        listings[path] = trio.current_time()
+        if len(listings) > _LISTINGS:
+            listings.popitem(last=False)
+
     def keep_days(self, names: Iterable[str]) -> None:
         """There are no other days than these."""
         for name in self._days.keys() - set(names):
@@ -229,7 +242,7 @@ class Prefetcher:
         walk = self._walk_to(day, shape, container, folder, offset, cached)
         if walk is None:
             if not cached:
-                self._appear(day, stop, folder, row, link)
+                self._appear(day, shape, stop, folder, row, link)
             return False
         run = walk.run_of(container, folder)
         assert run is not None
@@ -237,7 +250,7 @@ class Prefetcher:
         known = walk.know(max(walk.scan.end, at) + walk.scan.next_size(link))
         window = walk.scan.step(at, at + length, known, cached, link)
         if window is not None:
-            if walk.is_ordered:
+            if walk.is_ordered and not walk.has_all:
                 self._take_all(shape, walk, window)
             self._open(walk, window)
         return True
@@ -277,13 +290,16 @@ class Prefetcher:
         return None if found is None else self._coming(day, shape, walk.runs[-1], found)
 
     @staticmethod
-    def _coming(day: _Day, shape: DayShape, last: _Run, order: Order) -> Iterator[tuple[Stop, bytes, int, int]]:
-        """The runs behind a run: the same directory in the next containers, then the directories that follow."""
+    def _coming(
+        day: _Day, shape: DayShape, last: _Run, order: Order, top: bytes = b""
+    ) -> Iterator[tuple[Stop, bytes, int, int]]:
+        """The runs behind a run in a walk of `top`: the same directory in the next containers, then the directories
+        that follow."""
         tree, stops = shape.tree, day.stops(shape.route)
         if tree is None:
             return
         passed = False
-        for folder in chain((last.folder,), following(tree, last.folder, order, shape.inode)):
+        for folder in chain((last.folder,), following(tree, last.folder, order, shape.inode, top=top)):
             for member, _ in tree.shares(folder):
                 stop = stops.get(member.slot)
                 if stop is None:
@@ -296,7 +312,7 @@ class Prefetcher:
                     yield stop, folder, *extent
             passed = True
 
-    def _appear(self, day: _Day, stop: Stop, folder: bytes, row: int, link: Link) -> None:
+    def _appear(self, day: _Day, shape: DayShape, stop: Stop, folder: bytes, row: int, link: Link) -> None:
         """A reader is seen for the first time."""
         container, index = stop.container, stop.container.loaded.index
         rows = stop.member.folders.rows(folder)
@@ -307,11 +323,32 @@ class Prefetcher:
         walk = _Walk(_Run(stop, folder, begin, end, 0))
         at = int(index.data_offset[row]) - begin
         # A listing comes from its start to its end: whoever has had the first names has had a page of them.
-        listed = bool(container.pages[int(rows[0])] & LISTED) and at < BLOCK
+        announced = bool(container.pages[int(rows[0])] & LISTED) and at < BLOCK
+        if announced:
+            walked = self._walk_from_above(day, shape, folder)
+            if walked is not None:
+                walk.follow(self._coming(day, shape, walk.runs[0], *walked))
+        known = walk.know(at + self._max_window) if walk.is_ordered else walk.known
         length = int(index.data_length[row])
-        walk.scan, window = Scan.begin(at, at + length, walk.known, listed, link, self._max_window)
+        walk.scan, window = Scan.begin(at, at + length, known, announced, link, self._max_window)
         day.walks.append(walk)
         self._open(walk, window)
+
+    def _walk_from_above(self, day: _Day, shape: DayShape, folder: bytes) -> tuple[Order, bytes] | None:
+        """In which order, and below which directory, somebody walks who has come to a directory just now."""
+        if shape.tree is None:
+            return None
+        now = trio.current_time()
+        top, found = folder, None
+        while top:
+            top = top.rpartition(b"/")[0]
+            if now - day.listings.get(top, -_AT_ONCE_S) >= _AT_ONCE_S:
+                break
+            for order in Order:
+                if next(entered(shape.tree, top, order, shape.inode), None) == folder:
+                    found = order, top
+                    break
+        return found
 
     def _open(self, walk: _Walk, window: Window) -> None:
         """Fetch a window, and have it pushed if its reader will need it."""
@@ -341,6 +378,7 @@ class Prefetcher:
         left = sum(self._left(stop.container) for stop in shape.route)
         if not 0 < left <= min(self._affordable, _MOST * walk.scan.size):
             return
+        walk.has_all = True
         near = [run.stop for run, _, _ in walk.between(window.start, window.stop)]
         for stop in dict.fromkeys((*reversed(near), *shape.route)):
             blocks = len(stop.container.blocks)
