@@ -229,6 +229,15 @@ class DayView:
                 trees = await self._refresh_alone(found, began)
             await self._tell(*trees)
 
+    async def reopen(self, container: OpenContainer) -> None:
+        """Show what is in a container under a new slot, if the day shows it still: its inodes are not what they were,
+        though its index is. Raises: StoreError, and the old view stays."""
+        trees: tuple[list[DayTree], list[DayTree]] = ([], [])
+        async with self._gate.alone():
+            if self.has(container):
+                trees = await self._reopen_alone(container)
+        await self._tell(*trees)
+
     def has(self, container: OpenContainer) -> bool:
         """True as long as the day shows what is in a container."""
         shown = self._open.get(container.info.key)
@@ -505,6 +514,29 @@ class DayView:
         for key in before.keys() - self._candidates.keys():
             self._views.problems.clear(key)
         return old_trees, list(trees.values())
+
+    async def _reopen_alone(self, container: OpenContainer) -> tuple[list[DayTree], list[DayTree]]:
+        """The trees that show a container, before and after it has a new slot."""
+        key, old = container.info.key, self._open[container.info.key][1]
+        fresh = self._views.slots.add(key, container.info.etag, partial(OpenContainer, container.loaded))
+        group = None if self._complete is not None else old.name.group
+        try:
+            member = Member(old.ordinal, fresh.slot, old.index, key, old.name, old.mtime_ns, old.folders)
+            pairs = {**self._open, key: (fresh, member)}
+            tree = await self._build(pair for pair in pairs.values() if group is None or pair[1].name.group == group)
+        except BaseException:
+            self._views.slots.remove(fresh.slot)
+            raise
+        self._open, self._route = pairs, None
+        self._views.changes[self.name] += 1
+        self._views.retire([container])
+        if group is None:
+            before, self._complete = self._complete, tree
+        else:
+            before = self._groups.pop(group, None)
+            if before is not None:
+                self._groups[group] = tree
+        return ([], []) if before is None else ([before], [tree])
 
     async def _tell(self, old_trees: list[DayTree], new_trees: list[DayTree]) -> None:
         """Say what looks otherwise than before."""

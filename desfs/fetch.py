@@ -51,14 +51,17 @@ _META = -1  # in the place of a block: META, by its first byte
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class OpenContainer:
     """A container with a slot. `externals` has the ETag of each external object that has been read; `verified` the
-    CRC-32C of each unit of the large payloads that matched their checksum as a whole, by row. `number` is of no other:
-    a slot may be given away again, and what caches hold of the last one there must not be taken for its successor's."""
+    CRC-32C of each unit of the large payloads that matched their checksum as a whole, by row. `outdated`: an external
+    object was replaced, and the kernel may have pages of the version before: its inodes must not be given the new one.
+    `number` is of no other: a slot may be given away again, and what caches hold of the last one there must not be
+    taken for its successor's."""
 
     loaded: LoadedContainer
     slot: int
     number: int = field(default_factory=itertools.count().__next__)
     externals: dict[int, str] = field(default_factory=dict)
     verified: dict[int, list[int]] = field(default_factory=dict)
+    outdated: bool = False
     _blocks: Blocks | None = None
     _pages: bytearray | None = None
 

@@ -224,6 +224,8 @@ class FileSystem:
             files = enumerate(self._control.files()[after:], after + 1)
             return self._pages([(place, name, self._control_attributes(file)) for place, (name, file) in files])
         day, path = self._directory(inode)
+        if not after:
+            self.prefetcher.listing(day.name, path)
         tree = await day.load()
         if not tree.is_ready(path):
             await trio.to_thread.run_sync(tree.prepare, path)

@@ -216,7 +216,8 @@ class LargePayloads:
         return answer.data if start < stop else b"", answer.etag
 
     def _forget(self, container: OpenContainer, row: int) -> None:
-        """Whoever reads the file next sees the version that is there then."""
+        """Whoever reads the file next sees the version that is there then, under another inode."""
+        container.outdated = True
         container.externals.pop(row, None)
         container.verified.pop(row, None)
         self._fetcher.cache.drop(container.number, row)

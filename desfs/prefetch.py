@@ -34,6 +34,7 @@ _MOST = 16
 # Whoever lists a directory, then those below it, and reads the first file of all, walks through it: if there is no more
 # time than this between.
 _AT_ONCE_S = 2.0
+_SURE = 2 * PIECE  # bytes that such a reader is given at least
 _LISTINGS = 1000  # that are remembered
 
 
@@ -328,9 +329,11 @@ class Prefetcher:
             walked = self._walk_from_above(day, shape, folder)
             if walked is not None:
                 walk.follow(self._coming(day, shape, walk.runs[0], *walked))
+                walk.has_all = bool(walked[1])  # of a part of the day it is never given the whole
         known = walk.know(at + self._max_window) if walk.is_ordered else walk.known
         length = int(index.data_length[row])
-        walk.scan, window = Scan.begin(at, at + length, known, announced, link, self._max_window)
+        least = 0 if not announced else _SURE if walk.is_ordered else 1
+        walk.scan, window = Scan.begin(at, at + length, known, least, link, self._max_window)
         day.walks.append(walk)
         self._open(walk, window)
 

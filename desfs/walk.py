@@ -27,47 +27,51 @@ class Folders(Protocol):
         ...
 
 
-def following(folders: Folders, path: bytes, order: Order, inode: Callable[[bytes], int]) -> Iterator[bytes]:
-    """The directories with files in them that a walk reads after those directly in `path`, to the end of the day.
+def following(
+    folders: Folders, path: bytes, order: Order, inode: Callable[[bytes], int], *, top: bytes = b""
+) -> Iterator[bytes]:
+    """The directories with files in them that a walk of `top` reads after those directly in `path`, to its end.
 
     `inode` gives a directory's number. Who goes by listing meets a directory's subdirectories before its files, the
     others after them: that is how desfs lists and numbers them. Lazy: nobody asks for more than the next few.
     """
 
-    def inner(parent: bytes) -> list[bytes]:
-        paths = [parent + b"/" + name if parent else name for name in folders.subfolders(parent)]
-        if order is Order.INODE:
-            paths.sort(key=inode)
-        elif order is Order.NAME:
-            paths.sort()
-        return paths
-
-    def entered(entrance: bytes) -> Iterator[bytes]:
-        """A directory and all below it. A stack, since names may be deeper than Python's own."""
-        stack: list[tuple[bytes, bool]] = [(entrance, False)]
-        while stack:
-            at, seen = stack.pop()
-            if seen:
-                if folders.has_files(at):
-                    yield at
-                continue
-            below = [(each, False) for each in reversed(inner(at))]
-            if order is Order.LISTED:
-                stack.append((at, True))
-                stack += below
-            else:
-                stack += below
-                stack.append((at, True))
-
     if order is not Order.LISTED:
-        for each in inner(path):
-            yield from entered(each)
-    while path:
+        for each in _inner(folders, path, order, inode):
+            yield from entered(folders, each, order, inode)
+    while path != top:
         parent = path.rpartition(b"/")[0]
-        siblings = inner(parent)
+        siblings = _inner(folders, parent, order, inode)
         if path in siblings:
             for each in siblings[siblings.index(path) + 1 :]:
-                yield from entered(each)
+                yield from entered(folders, each, order, inode)
         if order is Order.LISTED and folders.has_files(parent):
             yield parent
         path = parent
+
+
+def entered(folders: Folders, top: bytes, order: Order, inode: Callable[[bytes], int]) -> Iterator[bytes]:
+    """The directories with files in them that a walk of `top` reads, from its beginning."""
+    stack: list[tuple[bytes, bool]] = [(top, False)]  # names may be deeper than Python's own
+    while stack:
+        at, seen = stack.pop()
+        if seen:
+            if folders.has_files(at):
+                yield at
+            continue
+        below = [(each, False) for each in reversed(_inner(folders, at, order, inode))]
+        if order is Order.LISTED:
+            stack.append((at, True))
+            stack += below
+        else:
+            stack += below
+            stack.append((at, True))
+
+
+def _inner(folders: Folders, parent: bytes, order: Order, inode: Callable[[bytes], int]) -> list[bytes]:
+    paths = [parent + b"/" + name if parent else name for name in folders.subfolders(parent)]
+    if order is Order.INODE:
+        paths.sort(key=inode)
+    elif order is Order.NAME:
+        paths.sort()
+    return paths

@@ -42,15 +42,15 @@ class Scan:
     max_window: int
 
     @classmethod
-    def begin(cls, at: int, stop: int, known: int, announced: bool, link: Link, max_window: int) -> tuple[Scan, Window]:
-        """A reader appears with a file at [at, stop) that is not in memory, in a directory that ends at `known`. It is
-        `announced` when the directory was listed before, and this is its first file: such a reader reads the others
-        too, most often. Any other one gets what costs nothing."""
+    def begin(cls, at: int, stop: int, known: int, least: int, link: Link, max_window: int) -> tuple[Scan, Window]:
+        """A reader appears with a file at [at, stop) that is not in memory; what may come behind it is known up to
+        `known`. `least` is 0 for one that nothing has announced: it gets what costs nothing. One that has listed a
+        directory and reads its first file will read the others too, most often: it gets `least` bytes or more."""
         size = rent_size(link)
-        if announced:
-            size = min(max(_on_its_way(link), size), max(known - at, size), max_window)
+        if least:
+            size = min(max(_on_its_way(link), size, least), max(known - at, size), max_window)
         end = max(at + size, stop)
-        return cls(at, end, stop, size, max_window), Window(at, end, announced, stop)
+        return cls(at, end, stop, size, max_window), Window(at, end, least > 0, stop)
 
     def is_step(self, at: int, cached: bool) -> bool:
         """Whether a read at `at` is this reader's: at the marker, before nothing, or at what was lost again."""
