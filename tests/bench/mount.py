@@ -1,6 +1,6 @@
 """The mount against the floor, the local disk and the other programs: the same files, the same S3 server 20 ms away.
 
-    python -m tests.bench mount --quick                      desfs, floor and local disk: two minutes
+    python -m tests.bench mount --quick                      desfs, floor and local disk: some five minutes
     python -m tests.bench mount --quick --sessions tar,cp    of ready ls tar cp random all pack external large million
     python -m tests.bench mount --systems desfs,s3fs         of desfs, desfs levers=off, desfs cache_dir, the peers
     python -m tests.bench mount --output DIR                 everything; DIR gets table.md, plot.svg and results.json
@@ -31,7 +31,7 @@ from tests.bench.acceptance import verdicts
 from tests.bench.corpus import Corpus, fill_spool, pack
 from tests.bench.large import EXTERNAL_NAME, LARGE_FILES, External, Large, make_external, measure_million
 from tests.bench.machine import describe_machine, fstype_of, timed
-from tests.bench.report import Results, Row, plot
+from tests.bench.report import Results, Row, markdown_line, plot
 from tests.bench.systems import Desfs, LocalDisk, has_option
 from tests.bench.workloads import Bench
 from tests.bench.world import DELAY_S, NotMeasurable, Store, World, open_world
@@ -86,6 +86,7 @@ def measure_mount(options: Options) -> list[Figure]:
         print(f"not measured: {error}", file=sys.stderr)
         return [Figure("mount benchmark ran", 0, "", 1)]
     finally:
+        results.rows.sort(key=lambda row: names.ORDER.index(row.workload))
         if results.rows:
             Console(width=None if sys.stdout.isatty() else 160).print(results.table())
             for note in results.notes:
@@ -260,7 +261,7 @@ def _write(folder: Path, results: Results, figures: list[Figure]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     notes = "".join(f"- {' '.join(note.split())}\n" for note in results.notes)
     promises = "| promise | measured | bar | |\n|---|---:|---:|---|\n" + "".join(
-        f"| {each.what} | {number(each.value)} {each.unit} | {each.bar_text} | {each.verdict} |\n" for each in figures
+        markdown_line((each.what, f"{number(each.value)} {each.unit}", each.bar_text, each.verdict)) for each in figures
     )
     (folder / "table.md").write_text(
         f"# The mount benchmark\n\n{notes}\n![Seconds of each system](plot.svg)\n\n## Promises\n\n{promises}\n"

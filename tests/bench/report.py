@@ -100,7 +100,12 @@ class Results:
     def markdown(self) -> str:
         align = ["---", "---", *["---:"] * 7, "---"]
         rows = [HEADINGS, tuple(align), *self.lines()]
-        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        return "".join(markdown_line(row) for row in rows)
+
+
+def markdown_line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |\n"
 
 
 def _line(row: Row, floor: float | None, peer: Row | None) -> tuple[str, ...]:

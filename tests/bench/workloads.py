@@ -35,6 +35,10 @@ TAR_LARGE = "tar | cat of 100,000 files, cold"
 MILLION_LS_F, MILLION_LS_L = "ls -f of 1,000,000 files, cold", "ls -l of 1,000,000 files, cold"
 MILLION_AGAIN = "mount and ls -f of 1,000,000 files, disk cache"
 PACKING = "packing"
+ORDER = (
+    *(READY, LS_COLD, LS_WARM, TAR_COLD, TAR_WARM, CP_COLD, CP_WARM, RANDOM_1, RANDOM_16, ALL_32, CAT_ONE, CP_FOLDER),
+    *(EXTERNAL, TAR_LARGE, MILLION_LS_F, MILLION_LS_L, MILLION_AGAIN, PACKING),
+)
 
 SHARD_BITS = 4
 WARM_RUNS = 5
