@@ -270,7 +270,8 @@ class Prefetcher:
                 if coming is not None:
                     walk.follow(coming)
                     walk.know(walk.known + 1)
-                    break
+                    if walk.run_of(container, folder) is not None:
+                        break  # else the day has changed since its orders were looked up
         else:
             return None
         day.walks.remove(walk)
