@@ -253,6 +253,8 @@ class Fetcher:
         self.cache = PieceCache(cache_bytes)
         self.bytes_in_flight = 0
         self._memory = cache_bytes
+        # Never less than two pieces: what a reader is given ahead must not take from it what it is reading.
+        self._least_cache = min(cache_bytes, max(cache_bytes // 4, 2 * PIECE))
         self._room_ahead = max(cache_bytes * 3 // 8, _COPIES * PIECE)
         # A piece has to leave room for others.
         self._piece_bytes = min(PIECE, max(cache_bytes // 8, BLOCK))
@@ -476,7 +478,7 @@ class Fetcher:
 
     def _count(self, size: int) -> None:
         self.bytes_in_flight += size
-        self.cache.resize(max(self._memory - self.bytes_in_flight, 0))
+        self.cache.resize(max(self._memory - self.bytes_in_flight, self._least_cache))
 
 
 def _bring_blocks(

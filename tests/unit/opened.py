@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
+import trio.testing
 
 from des_format.shards import parse_container_name
 from desfs.container import load_container
@@ -88,6 +89,12 @@ class World:
     def gets(self) -> int:
         return len(self.store.keys("get"))
 
+    async def idle(self) -> None:
+        """Until nothing is being fetched."""
+        await trio.testing.wait_all_tasks_blocked()  # what was asked for has begun
+        await until(lambda: not self.fetcher.bytes_in_flight)
+        await trio.testing.wait_all_tasks_blocked()
+
     def run(self, main: Callable[[], Awaitable[None]]) -> None:
         """Run a test with the fetcher running, within a time."""
 
@@ -96,6 +103,7 @@ class World:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.fetcher.run)
                     await main()
+                    await until(lambda: not self.fetcher._unsaved)  # the disk cache has what came
                     nursery.cancel_scope.cancel()
 
         try:

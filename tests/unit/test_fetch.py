@@ -16,7 +16,7 @@ from des_format import CorruptEntry, DesWriter
 from desfs.blocks import BLOCK
 from desfs.disk_cache import DiskCache, ObjectVersion
 from desfs.errors import DeadlineExceeded, DesfsError, NoSuchObject, ObjectReplaced, StoreUnavailable
-from desfs.fetch import LEAST_AHEAD, PIECE, SMALL, Fetcher, Piece, PieceCache, StoreThreads
+from desfs.fetch import LEAST_AHEAD, PIECE, SMALL, Fetcher, OpenContainer, Piece, PieceCache, StoreThreads
 from desfs.problems import Problems
 from desfs.store.file import FileStore
 from tests.mount.stores import WatchedStore, put_container
@@ -252,29 +252,28 @@ def test_a_fetch_ahead_that_waits_for_its_turn_starts_when_somebody_waits_for_it
 
 @pytest.mark.parametrize("memory", [16 << 20, 64 << 20])
 def test_memory_holds_for_what_is_kept_and_in_flight_together(tmp_path: Path, memory: int) -> None:
-    """Memory is bounded: what is fetched ahead takes a quarter, with what somebody waits for it is a half; the cache
-    gives way to them."""
-    put_container(tmp_path / KEY, {f"{n:02d}": bytes([n]) * (8 << 20) for n in range(12)})
+    """Memory is bounded: fetches leave a part of it to the cache, and the cache gives way to them."""
+    put_container(tmp_path / KEY, {f"{n:02d}": bytes([n]) * (2 << 20) for n in range(40)})
     world = World(tmp_path, memory=memory)
     held: list[int] = []
     flights: list[int] = []
 
-    def before(method: str, key: str) -> None:
+    def came(container: OpenContainer, piece: Piece) -> None:
         held.append(world.fetcher.cache.bytes + world.fetcher.bytes_in_flight)
         flights.append(world.fetcher.bytes_in_flight)
 
-    world.store.before = before
+    world.fetcher.on_piece = came
 
     async def main() -> None:
         fetch_ahead(world, 0, len(world.container.blocks))
         async with trio.open_nursery() as nursery:
-            for n in range(12):
+            for n in range(40):
                 nursery.start_soon(world.payload, f"{n:02d}")
-        assert world.fetcher.cache.bytes <= memory
+        assert memory // 4 <= world.fetcher.cache.bytes <= memory
 
     world.run(main)
-    assert max(held) <= memory
-    assert max(flights) <= memory // 2
+    assert max(held) <= max(memory, 6 * PIECE)
+    assert max(flights) <= max(memory * 3 // 4, 4 * PIECE)
     assert world.fetcher.bytes_in_flight == 0
 
 

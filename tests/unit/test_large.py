@@ -484,6 +484,7 @@ def test_a_unit_of_the_old_version_in_memory_never_stands_beside_the_new_one(tmp
 
     async def main() -> None:
         assert await world.read(NAME, 0, 10) == OLD[:10]
+        await world.idle()
         put_external(tmp_path, NEW)
         # As if another reader had found out, and read the new version, while unit 0 was still on its way.
         version = world.container.externals.pop(row)

@@ -9,7 +9,6 @@ from random import Random
 
 import numpy as np
 import pytest
-import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +23,7 @@ from desfs.store.link import Link, LinkMeter
 from desfs.walk import Order, following
 from tests.mount.stores import put_container
 from tests.unit.containers import Item, build
-from tests.unit.opened import DAY, KEY, World, until
+from tests.unit.opened import DAY, KEY, World
 
 FILES = {f"f{n:03d}": Random(n).randbytes(1000 + n) for n in range(400)}
 NEAR, FAR = Link(1e-9, 1e15), Link(1000.0, 1.0)  # fetching the rest costs nothing; more than anybody ever waits
@@ -79,13 +78,6 @@ def list_all(world: World) -> None:
 def world(tmp_path: Path) -> World:
     put_container(tmp_path / KEY, FILES)
     return World(tmp_path, max_gap=0)
-
-
-async def idle(world: World) -> None:
-    """Until nothing is being fetched."""
-    await trio.testing.wait_all_tasks_blocked()  # what was asked for has begun
-    await until(lambda: not world.fetcher.bytes_in_flight)
-    await trio.testing.wait_all_tasks_blocked()
 
 
 # --- reads -------------------------------------------------------------------------------------------------------
@@ -175,7 +167,7 @@ def test_who_lists_and_reads_the_first_file_is_given_the_directory(world: World)
             if (world.container.number, world.row(name)) not in kernel.pages:
                 seen.append(name)
                 assert await world.read(name) == data
-                await idle(world)
+                await world.idle()
         assert len(seen) <= 6
         assert kernel.names(world.container) == set(FILES) - set(seen)
 
@@ -195,11 +187,11 @@ def test_nothing_is_pushed_that_the_kernel_was_not_told_of_or_has_asked_for(worl
         world.prefetcher.listed(world.container, np.arange(half, dtype=np.uint32))
         world.container.pages[world.row("f050")] |= ASKED
         await world.read("f000")
-        await idle(world)
+        await world.idle()
         for name in sorted(FILES)[1:200]:
             if name != "f050" and name not in kernel.names(world.container):
                 await world.read(name)
-                await idle(world)
+                await world.idle()
         assert kernel.names(world.container) <= {name for name in FILES if name < "f200"} - {"f000", "f050"}
         assert len(kernel.pages) > 150
         world.prefetcher.listed(world.container, np.arange(half, len(FILES), dtype=np.uint32))
@@ -229,7 +221,7 @@ def test_a_damaged_payload_is_pushed_to_nobody(world: World) -> None:
                         await world.read(name)
                 else:
                     assert await world.read(name) == data
-                await idle(world)
+                await world.idle()
         assert not kernel.names(world.container) & wrong
 
     world.run(main)
@@ -243,7 +235,7 @@ def test_a_random_reader_is_given_no_pushes(two: World) -> None:
         list_all(two)
         for n in (25, 3, 17):
             assert await two.read(f"a{n:02d}") == bytes([n]) * BLOCK
-        await idle(two)
+        await two.idle()
 
     two.run(main)
     assert kernel.pages == {}
@@ -255,7 +247,7 @@ def test_a_file_that_is_asked_for_again_has_lost_its_pages_and_so_have_others(wo
     async def main() -> None:
         list_all(world)
         await world.read("f000")
-        await idle(world)
+        await world.idle()
         assert world.container.pages[5] == LISTED | PUSHED
         await world.read("f000")
         assert world.container.pages[5] & ~PUSHED == LISTED
@@ -285,7 +277,7 @@ def test_misses_that_have_cost_as_much_buy_the_rest_of_the_container(two: World)
 
     async def main() -> None:
         await two.read("a20")
-        await idle(two)
+        await two.idle()
         assert bought("container") == before + 1
         gets = two.gets()
         for n in range(30):
@@ -301,7 +293,7 @@ def test_misses_of_many_containers_buy_the_day(two: World) -> None:
 
     async def main() -> None:
         assert await two.read("b", container=two.containers[1]) == b"alone"  # nothing is left of that one
-        await idle(two)
+        await two.idle()
         assert bought("day") == before + 1
         gets = two.gets()
         for n in range(30):
@@ -343,7 +335,7 @@ def test_days_that_are_not_there_any_more_are_let_go(world: World) -> None:
     async def main() -> None:
         list_all(world)
         await world.read("f000")
-        await idle(world)
+        await world.idle()
         world.prefetcher.keep_days([])
 
     world.run(main)
@@ -413,7 +405,7 @@ def test_a_walk_through_a_day_sees_every_byte_and_fetches_none_twice(
                     if (container.number, row) not in kernel.pages:
                         expected = shares[world.containers.index(container)][name]
                         assert await world.read(name, container=container) == expected
-        await idle(world)
+        await world.idle()
         for container, share in zip(world.containers, shares, strict=True):
             for name in kernel.names(container):
                 assert kernel.pages[container.number, world.row(name, container)] == share[name]
