@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from des_format.index import Index
 from des_format.meta import MetaColumns
-from desfs.tree import DayTree
+from desfs.tree import DayTree, are_in
 
 
 def changed_paths(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[bytes]:
@@ -17,21 +18,27 @@ def changed_paths(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[by
     new_members = {id(member) for tree in new_trees for member in tree.members}
     old_members = {id(member) for tree in old_trees for member in tree.members}
     known = np.concatenate([np.empty(0, np.uint64), *(m.index.hashes[0] for tree in old_trees for m in tree.members)])
-    suspects: set[bytes] = set()
+    known.sort()
+    suspects: dict[bytes, str] = {}  # and the group to look in first: a day may have hundreds of containers
     for tree in old_trees:
         for member in tree.members:
             if id(member) not in new_members:
-                suspects.update(
-                    member.index.name(row) for row in member.index.shown().tolist() if tree.is_shown(member, row)
-                )
+                for row in member.index.shown().tolist():
+                    if tree.is_shown(member, row):
+                        suspects[member.index.name(row)] = member.name.group
     for tree in new_trees:
         for member in tree.members:
             if id(member) not in old_members:
                 hashes, rows = member.index.hashes
-                likely = (member.index.name(row) for row in rows[np.isin(hashes, known)].tolist())
-                suspects.update(name for name in likely if _shows(old_trees, name) is not None)
-        suspects.update(member.index.name(row) for member, row in tree.collisions)
-    changed = {path for path in suspects if _shows(old_trees, path) != _shows(new_trees, path)}
+                for row in rows[are_in(hashes, known)].tolist():
+                    suspects.setdefault(member.index.name(row), member.name.group)
+        for member, row in tree.collisions:
+            suspects.setdefault(member.index.name(row), member.name.group)
+    changed: set[bytes] = set()
+    for path, group in suspects.items():
+        before = _shows(old_trees, path, group)
+        if before is not None and before != _shows(new_trees, path, group):
+            changed.add(path)
     for path in list(changed):
         folder = path.rpartition(b"/")[0]
         while folder and not any(tree.is_directory(folder) for tree in new_trees):
@@ -52,9 +59,18 @@ def changed_folders(old_trees: list[DayTree], new_trees: list[DayTree]) -> list[
     return sorted(found)
 
 
-def shown_paths(paths: Iterable[bytes], trees: list[DayTree]) -> list[bytes]:
+def shown_paths(paths: Sequence[bytes], trees: list[DayTree]) -> list[bytes]:
     """Those of some paths that are a file or a directory in one of the trees."""
-    return [path for path in paths if any(tree.is_directory(path) or tree.find_file(path) for tree in trees)]
+    hashes = np.array([xxhash.xxh3_64_intdigest(path) for path in paths], np.uint64)
+    known = np.zeros(len(paths), np.bool_)
+    for tree in trees:
+        for member in tree.members:
+            known |= are_in(hashes, member.index.hashes[0])
+    return [
+        path
+        for path, is_known in zip(paths, known.tolist(), strict=True)
+        if any(tree.is_directory(path) or (is_known and tree.find_file(path)) for tree in trees)
+    ]
 
 
 def same_content(index: Index, meta: MetaColumns, row: int, new: Index, new_meta: MetaColumns, new_row: int) -> bool:
@@ -66,9 +82,9 @@ def same_content(index: Index, meta: MetaColumns, row: int, new: Index, new_meta
     return row in meta.sha256 and meta.sha256[row] == new_meta.sha256.get(new_row)
 
 
-def _shows(trees: list[DayTree], path: bytes) -> tuple[int, int] | None:
+def _shows(trees: list[DayTree], path: bytes, group: str) -> tuple[int, int] | None:
     for tree in trees:
-        found = tree.find_file(path)
+        found = tree.find_file(path, group)
         if found is not None:
             return id(found[0]), found[1]
     return None

@@ -26,6 +26,7 @@ _ROWS_AT_A_TIME = 4096  # that a loop over names has in memory
 # be computed twice, fewer would not be worth the dozen array operations of a page.
 _PAGE = 128
 _MANY_FOLDERS = 10_000  # of a day: going through them takes some 20 ms
+_ORDINAL, _ROW = np.uint64(32), np.uint64((1 << 32) - 1)  # where an ordinal and a row stand in one number
 _LISTINGS_KEPT = 64  # directories whose listing is kept between the kernel's READDIRs
 
 
@@ -127,13 +128,13 @@ def _runs(
     """How long the folder is that each of some ascending names begins with, and where another one begins than that of
     the name before."""
     low, high = int(starts[0]), int(stops[-1])
-    piece = np.append(names[low:high], np.zeros(8, np.uint8))
+    piece = names[low:high]
     starts, stops = starts - low, stops - low
     slashes = np.append(-1, np.flatnonzero(piece == ord("/")))
     lengths = np.maximum(slashes[np.searchsorted(slashes, stops) - 1] - starts, 0)
     differs = np.append(True, lengths[1:] != lengths[:-1])
     # Eight bytes at a time, of those folders that are as long as the one before and equal so far.
-    words = np.ndarray((len(piece) - 7,), "<u8", piece.data, strides=(1,))
+    words = _words(piece)
     rows, done = np.flatnonzero(~differs & (lengths > 0)), 0
     while len(rows):
         beyond = np.maximum(done + 8 - lengths[rows], 0).astype(np.uint64) * np.uint64(8)
@@ -200,11 +201,13 @@ class DayTree:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = sorted(members, key=lambda member: member.ordinal)
         self._groups: dict[str, list[Member]] = {}
+        self._member_of = {member.ordinal: member for member in self.members}
         for member in self.members:
             self._groups.setdefault(member.name.group, []).append(member)
         self._hidden: dict[int, npt.NDArray[np.bool_]] = {}
-        # By container: overwritten rows that are listed as their newest version, and rows that are listed there.
-        self._listed_for: dict[int, dict[int, tuple[Member, int]]] = {}
+        # By container, a value for each row: the newest version that is listed in the row's place (ordinal << 32 | row,
+        # 0 for none), and whether the row is listed in another's.
+        self._listed_for: dict[int, npt.NDArray[np.uint64]] = {}
         self._listed_elsewhere: dict[int, npt.NDArray[np.bool_]] = {}
         self._listings: dict[bytes, list[_Segment]] = {}
         if len(self.members) > 1:
@@ -287,15 +290,17 @@ class DayTree:
             shown &= ~hidden[rows]
         if elsewhere is not None:
             shown &= ~elsewhere[rows]
-        others: dict[int, tuple[Member, list[int], list[int]]] = {}
+        others: list[tuple[Member, Rows, npt.NDArray[np.int64]]] = []
         if replaced is not None:
-            for place, row in enumerate(rows.tolist()):
-                winner = replaced.get(row)
-                if winner is not None and self.is_shown(*winner):
-                    shown[place] = True
-                    _, its_rows, its_places = others.setdefault(winner[0].ordinal, (winner[0], [], []))
-                    its_rows.append(winner[1])
-                    its_places.append(place)
+            winners = replaced[rows]
+            for ordinal in set((winners >> _ORDINAL).tolist()) - {0}:
+                other, places = self._member_of[ordinal], np.flatnonzero(winners >> _ORDINAL == ordinal)
+                its_rows = (winners[places] & _ROW).astype(np.uint32)
+                its_hidden = self._hidden.get(ordinal)
+                if its_hidden is not None:
+                    places, its_rows = places[~its_hidden[its_rows]], its_rows[~its_hidden[its_rows]]
+                shown[places] = True
+                others.append((other, its_rows, places))
         names = member.index.names_of(rows)
         if path:
             cut = len(path) + 1
@@ -306,9 +311,10 @@ class DayTree:
         place_of = np.cumsum(shown) - 1
         own = shown.copy()
         shares = []
-        for other, its_rows, its_places in others.values():
-            own[its_places] = False
-            shares.append(Share(other, np.array(its_rows, np.uint32), place_of[its_places]))
+        for other, its_rows, places in others:
+            own[places] = False
+            if len(places):
+                shares.append(Share(other, its_rows, place_of[places]))
         if own.any():
             shares.append(Share(member, rows[own], place_of[own]))
         kept = np.flatnonzero(shown).tolist()
@@ -363,27 +369,52 @@ class DayTree:
         the newest container, LastModified before key."""
         hashes = np.concatenate([member.index.hashes[0] for member in self.members])
         hashes.sort()
-        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        repeated = hashes[1:][hashes[1:] == hashes[:-1]]  # ascending; one that stands three times is in it twice
         del hashes
         if not len(repeated):
             return
         found, owners, rows = [], [], []
         for number, member in enumerate(self.members):
             table, its_rows = member.index.hashes
-            at = np.flatnonzero(np.isin(table, repeated))
+            at = np.flatnonzero(are_in(table, repeated))
             found.append(table[at])
             owners.append(np.full(len(at), number, np.uint32))
             rows.append(its_rows[at])
         keys = np.concatenate(found)
         order = np.argsort(keys, kind="stable")
-        bounds = np.append(np.flatnonzero(np.append(True, np.diff(keys[order]) != 0)), len(order)).tolist()
-        owner_of, row_of = np.concatenate(owners)[order].tolist(), np.concatenate(rows)[order].tolist()
-        for first, last in pairwise(bounds):
+        bounds = np.append(np.flatnonzero(np.append(True, np.diff(keys[order]) != 0)), len(order))
+        owner_of, row_of = np.concatenate(owners)[order], np.concatenate(rows)[order]
+        del keys, order
+        # Mostly two containers have the same names, all of them: a part and what it was merged into.
+        first, count = bounds[:-1], np.diff(bounds)
+        twice = (count == 2) & (owner_of[first] != owner_of[np.minimum(first + 1, len(owner_of) - 1)])
+        pairs = first[twice]
+        both = owner_of[pairs].astype(np.int64) * len(self.members) + owner_of[pairs + 1]
+        pairs, both = pairs[np.argsort(both, kind="stable")], np.sort(both)
+        for low, high in pairwise(
+            [*np.flatnonzero(np.append(True, np.diff(both) != 0))[: len(both)].tolist(), len(both)]
+        ):
+            at = pairs[low:high]
+            self._hide_older(
+                (self.members[owner_of[at[0]]], row_of[at]), (self.members[owner_of[at[0] + 1]], row_of[at + 1])
+            )
+        for low, high in zip(first[~twice].tolist(), bounds[1:][~twice].tolist(), strict=True):
             versions: dict[bytes, list[tuple[Member, int]]] = {}
-            for owner, row in zip(owner_of[first:last], row_of[first:last], strict=True):
+            for owner, row in zip(owner_of[low:high].tolist(), row_of[low:high].tolist(), strict=True):
                 member = self.members[owner]
                 versions.setdefault(member.index.name(row), []).append((member, row))
             self._hide_all_but_newest(versions)
+
+    def _hide_older(self, one: tuple[Member, Rows], other: tuple[Member, Rows]) -> None:
+        """Hide, of rows with one hash in each of two containers, those of the older one if the names are the same."""
+        newest = _newest([one[0], other[0]])
+        (member, rows), (_, winners) = (other, one) if newest is one[0] else (one, other)
+        same = same_names(member.index, rows, newest.index, winners)
+        rows, winners = rows[same], winners[same]
+        self._hidden_rows(member)[rows] = True
+        if member.ordinal < newest.ordinal:
+            both = ((member.index.state[rows] | newest.index.state[winners]) & NOT_SHOWN) == 0
+            self._keep_places(member, rows[both], newest, winners[both])
 
     def _hide_all_but_newest(self, versions: dict[bytes, list[tuple[Member, int]]]) -> None:
         for candidates in versions.values():
@@ -392,21 +423,21 @@ class DayTree:
                 for member, row in candidates:
                     if member is not newest:
                         self._hidden_rows(member)[row] = True
-                self._keep_place(candidates, newest)
+                shown = [(member, row) for member, row in candidates if not member.index.state[row] & NOT_SHOWN]
+                winner = next((row for member, row in shown if member is newest), None)
+                home, row = min(shown, key=lambda each: each[0].ordinal, default=(newest, 0))
+                if winner is not None and home is not newest:
+                    self._keep_places(home, np.array([row], np.uint32), newest, np.array([winner], np.uint32))
 
-    def _keep_place(self, candidates: list[tuple[Member, int]], newest: Member) -> None:
+    def _keep_places(self, home: Member, rows: Rows, newest: Member, winners: Rows) -> None:
         """A name stays where its first container has it when a newer version comes: a listing that is being read then
         neither repeats nor skips it."""
-        shown = [(member, row) for member, row in candidates if not member.index.state[row] & NOT_SHOWN]
-        winner = next(((member, row) for member, row in shown if member is newest), None)
-        if winner is not None:
-            home, row = min(shown, key=lambda each: each[0].ordinal)
-            if home is not newest:
-                self._listed_for.setdefault(home.ordinal, {})[row] = winner
-                elsewhere = self._listed_elsewhere.get(newest.ordinal)
-                if elsewhere is None:
-                    elsewhere = self._listed_elsewhere[newest.ordinal] = np.zeros(newest.index.rows, np.bool_)
-                elsewhere[winner[1]] = True
+        if home.ordinal not in self._listed_for:
+            self._listed_for[home.ordinal] = np.zeros(home.index.rows, np.uint64)
+        self._listed_for[home.ordinal][rows] = winners.astype(np.uint64) | np.uint64(newest.ordinal << 32)
+        if newest.ordinal not in self._listed_elsewhere:
+            self._listed_elsewhere[newest.ordinal] = np.zeros(newest.index.rows, np.bool_)
+        self._listed_elsewhere[newest.ordinal][winners] = True
 
     def _visible_folders(self) -> set[bytes]:
         folders: set[bytes] = set()
@@ -437,12 +468,42 @@ class DayTree:
         for member in self.members:
             table, rows = member.index.hashes
             # Names among directories, not the other way: a day has many containers, each with a few of its names.
-            at = np.minimum(hashes.searchsorted(table), len(hashes) - 1)
-            for row in rows[hashes[at] == table].tolist():
+            for row in rows[are_in(table, hashes)].tolist():
                 if self.is_shown(member, row) and self.is_directory(member.index.name(row)):
                     self._hidden_rows(member)[row] = True
                     collisions.append((member, row))
         return collisions
+
+
+def are_in(values: npt.NDArray[np.uint64], ascending: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which of some values are among others. NumPy's own isin takes seconds for a million hashes (2.3, measured)."""
+    if not len(ascending):
+        return np.zeros(len(values), np.bool_)
+    found: npt.NDArray[np.bool_] = ascending[np.minimum(ascending.searchsorted(values), len(ascending) - 1)] == values
+    return found
+
+
+def same_names(one: Index, its_rows: Rows, other: Index, other_rows: Rows) -> npt.NDArray[np.bool_]:
+    """Whether the names of rows of two containers are the same, row by row."""
+    starts, lengths, words = [], [], []
+    for index, rows in ((one, its_rows), (other, other_rows)):
+        starts.append(index.name_offset[rows].astype(np.int64))
+        lengths.append(index.name_offset[rows + 1].astype(np.int64) - starts[-1])
+        words.append(_words(index.columns()["names"]))
+    same: npt.NDArray[np.bool_] = lengths[0] == lengths[1]
+    left, done = np.flatnonzero(same & (lengths[0] > 0)), 0
+    while len(left):
+        beyond = np.maximum(done + 8 - lengths[0][left], 0).astype(np.uint64) * np.uint64(8)
+        same[left] = (words[0][starts[0][left] + done] ^ words[1][starts[1][left] + done]) << beyond == 0
+        done += 8
+        left = left[same[left] & (lengths[0][left] > done)]
+    return same
+
+
+def _words(names: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Element i is the eight bytes from byte i on, with zeros behind the last."""
+    padded = np.append(names, np.zeros(8, np.uint8))
+    return np.ndarray((len(padded) - 7,), "<u8", padded.data, strides=(1,))
 
 
 def _segment_at(segments: list[_Segment], position: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from des_format.layout import COMPRESSED, DELETED
 from des_format.names import name_problem
 from des_format.shards import parse_container_name
 from des_format.source import open_container
-from desfs.tree import DayTree, Folders, Member
+from desfs.tree import DayTree, Folders, Member, are_in, same_names
 from tests.unit.containers import Item, MemorySource, build
 
 
@@ -409,3 +410,39 @@ def test_what_was_listed_between_two_positions_is_known(containers: list[Contain
                 if member is not None and after < cookie <= upto and member.ordinal == cookie >> 32:
                     assert (member.slot, row) in passed
         assert list(tree.listed(path, 5, 5)) == []
+
+
+# --- many names at once ------------------------------------------------------------------------------------------
+
+NAMES = st.one_of(GOOD, st.integers(1, 40).map(lambda length: b"n" * length), st.integers(0, 40).map(b"n%040d".__mod__))
+
+
+@given(st.lists(st.tuples(NAMES, NAMES), max_size=20))
+@settings(deadline=None)
+def test_names_are_compared_to_their_last_byte(pairs: list[tuple[bytes, bytes]]) -> None:
+    """Two names with one hash are not taken for one name."""
+    one, other = (
+        open_container(MemorySource(build([Item(name) for name in names])), tail_length=1 << 26).index
+        for names in ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    )
+    rows = np.arange(len(pairs), dtype=np.uint32)
+    assert same_names(one, rows, other, rows).tolist() == [one.name(row) == other.name(row) for row in rows.tolist()]
+
+
+HASHES = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 2**64 - 1)), max_size=20)
+
+
+@given(HASHES, HASHES)
+def test_hashes_are_found_among_others(values: list[int], others: list[int]) -> None:
+    found = are_in(np.array(values, np.uint64), np.array(sorted(others), np.uint64))
+    assert found.tolist() == [value in others for value in values]
+
+
+def test_a_day_whose_parts_were_merged_shows_each_file_once() -> None:
+    """For a while all files stand in the parts and in what these were merged into; they keep their places."""
+    names = [b"d%d/name-%d" % (number % 50, number) for number in range(20_000)]
+    merged = opened(files("3.des", *names), 3)
+    parts = [opened(files(f"4-{n:06d}.des", *names[n * 10_000 :][:10_000], mtime_s=1), n + 1) for n in range(2)]
+    tree = DayTree([*parts, merged])
+    assert tree.file_count() == 20_000
+    assert {position.member for _, position in walked(tree) if position.member is not None} == set(parts)
