@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 import trio
 
-from des_format.errors import DesFormatError
+from des_format.errors import CorruptEntry, DesFormatError
 from des_format.meta import NO_MODE, NO_TIME
 from desfs import metrics
 from desfs.caches import Caches
@@ -64,6 +64,8 @@ _SLACK = 32 * 1024 * 1024
 # refresh tells what came and went. Not longer, in case that it did not take a notification.
 FOREVER_S = 86400.0
 _MOVES = 4  # of a file from one container to another, while it is read
+_FORGET_S = 1.0  # that a reader who is told of a change waits for the kernel to forget the old name
+_FORGETTING = 8  # at a time
 _DEFAULT_FILE_MODE = 0o644
 _MAX_SIZE = 2**63 - 1  # what stat can show; a damaged entry may claim more
 _DIRECTORY_MODE = 0o755
@@ -106,6 +108,10 @@ class KernelCache(Protocol):
         """The name does not mean what it meant."""
         ...
 
+    def drop_entry(self, parent: InodeNumber, name: bytes) -> None:
+        """As forget_entry, but it is done on return: called in a thread, and may wait for pending lookups."""
+        ...
+
     def forget_attributes(self, inode: InodeNumber) -> None:
         """The attributes are out of date. A directory's listing is kept if they turn out to be the same."""
         ...
@@ -143,6 +149,7 @@ class FileSystem:
         self._gone: set[int] = set()  # slots of containers that are not in the store any more
         self._listed: dict[int, int] = {}  # how far the kernel has the entries of a directory
         self._kernel: KernelCache | None = None
+        self._forgetting = trio.CapacityLimiter(_FORGETTING)
         self._started = time.time()
         self._file_mask = ~settings.umask & 0o7777
         self._directory_mode = stat.S_IFDIR | _DIRECTORY_MODE & self._file_mask
@@ -446,23 +453,48 @@ class FileSystem:
         """
         shown = file
         for _ in range(_MOVES):
-            day = self.views.day_of(shown.container)
-            is_current = day is not None and day.has(shown.container)
-            if is_current or shown.container.slot not in self._gone:
+            container = shown.container
+            day = self.views.day_of(container)
+            is_current = day is not None and day.has(container)
+            if is_current or container.slot not in self._gone:
+                damage: CorruptEntry | None = None
                 try:
-                    return await call(*shown)
+                    answer = await call(*shown)
+                    # No await between the call's last look at the container's external objects and this one.
+                    if not container.outdated:
+                        return answer
+                except CorruptEntry as error:
+                    damage = error  # unless what it should be has changed as well
                 except (ObjectReplaced, NoSuchObject) as error:
-                    log.info("a container is not what it was", key=shown.container.info.key, error=str(error))
+                    log.info("a container is not what it was", key=container.info.key, error=str(error))
                 if day is not None and is_current:
                     await self._refreshed(partial(day.refresh, unless_since=trio.current_time()))
-                if day is None or not day.has(shown.container):
+                    if container.outdated and damage is None:
+                        await self._refreshed(partial(day.reopen, container))
+                if damage is not None and not container.outdated and (day is None or day.has(container)):
+                    raise damage
+                if day is None or not day.has(container):
                     self._gone = {slot for slot in self._gone if self.views.slots.get(slot) is not None}
-                    self._gone.add(shown.container.slot)
+                    self._gone.add(container.slot)
             successor = None if day is None else await self._successor(day, file)
             if successor is None or successor == shown:
                 break
             shown = successor
+        await self._forget_stale(file)
         raise StaleInode(f"{file.container.info.key} was replaced or removed")
+
+    async def _forget_stale(self, file: File) -> None:
+        """Whoever is told that a file is stale, and opens it again at once, must not get the same inode: the kernel has
+        forgotten it when this returns."""
+        day = self.views.day_of(file.container)
+        if self._kernel is None or day is None:
+            return
+        folder, _, name = file.container.loaded.index.name(file.row).rpartition(b"/")
+        parent = self._directory_inode(day.name.encode(), folder)
+        with trio.move_on_after(_FORGET_S):  # it waits for lookups in the directory
+            await trio.to_thread.run_sync(
+                self._kernel.drop_entry, parent, name, abandon_on_cancel=True, limiter=self._forgetting
+            )
 
     async def _successor(self, day: DayView, file: File) -> File | None:
         """What the path of a file shows now, if that has the file's content."""

@@ -227,10 +227,17 @@ for _operation in (
 
 
 class KernelNotifier:
-    """Tells the kernel what to forget. Entries go through pyfuse3's own thread: telling it can block."""
+    """Tells the kernel what to forget. forget_entry goes through pyfuse3's own thread: telling it can block."""
 
     def forget_entry(self, parent: InodeNumber, name: bytes) -> None:
         pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), ignore_enoent=True)
+
+    def drop_entry(self, parent: InodeNumber, name: bytes) -> None:
+        try:
+            pyfuse3.invalidate_entry(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel does not know it
+                log.warning("the kernel did not take a notification", error=str(error))
 
     def store_pages(self, batch: Batch) -> Pushed:
         at_once = LEVERS.store_pages(batch.data, batch.files, batch.pages, PUSHED | ASKED, PUSHED)

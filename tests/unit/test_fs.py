@@ -44,9 +44,13 @@ class Kernel:
 
     def __init__(self) -> None:
         self.told: list[tuple[int, bytes | None]] = []
+        self.dropped: list[tuple[int, bytes]] = []  # while somebody waited
 
     def forget_entry(self, parent: InodeNumber, name: bytes) -> None:
         self.told.append((parent, name))
+
+    def drop_entry(self, parent: InodeNumber, name: bytes) -> None:
+        self.dropped.append((parent, name))
 
     def forget_attributes(self, inode: InodeNumber) -> None:
         self.told.append((inode, None))
