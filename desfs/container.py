@@ -71,7 +71,7 @@ class StoreSource:
         return bytes(self._store.get_range(self.key, start, stop, if_match=self._info.etag).data)
 
     def external(self, name: str, recorded: object, start: int, stop: int, size: int) -> bytes:
-        return bytes(read_external(self._store, self.key, name, recorded, start, stop, size).data)
+        return bytes(read_external(self._store, self.key, name, recorded, start, stop, size)[0].data)
 
 
 def read_external(
@@ -84,10 +84,12 @@ def read_external(
     size: int,
     *,
     if_match: str | None = None,
-) -> Answer:
-    """[start, stop) of an external payload that should have `size` bytes. Raises: CorruptEntry, StoreError."""
+    known: str | None = None,
+) -> tuple[Answer, str]:
+    """[start, stop) of an external payload that should have `size` bytes, and its key; the one that is `known` to have
+    been right is tried first. Raises: CorruptEntry, StoreError."""
     keys = external_keys(container, name, recorded)
-    for key in keys:
+    for key in sorted(keys, key=lambda each: each != known):
         try:
             if start < stop:
                 answer = store.get_range(key, start, stop, if_match=if_match)
@@ -101,8 +103,13 @@ def read_external(
             raise CorruptEntry(f"{container}: {name!r}: external object {key}: want {size} bytes: {error}") from error
         if answer.size != size:
             raise CorruptEntry(f"{container}: {name!r}: external object {key}: found {answer.size} bytes, want {size}")
-        return answer
+        return answer, key
     raise CorruptEntry(f"{container}: {name!r}: external object {keys[0]} is missing")
+
+
+def tail_length(size: int) -> int:
+    """How many bytes to get of the end of a container of `size` bytes, to open it."""
+    return min(max(size // _TAIL_FRACTION, _MIN_TAIL), _MAX_TAIL)
 
 
 def load_container(
@@ -127,8 +134,7 @@ def load_container(
 
 def _parsed(store: Store, info: ObjectInfo, tails: IndexCache | None) -> Compiled:
     source = StoreSource(store, info)
-    tail_length = min(max(info.size // _TAIL_FRACTION, _MIN_TAIL), _MAX_TAIL)
-    opened = open_container(source, cache=tails, tail_length=tail_length)
+    opened = open_container(source, cache=tails, tail_length=tail_length(info.size))
     index = opened.index
     meta = MetaColumns(index.rows)
     if opened.meta is not None:

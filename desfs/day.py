@@ -27,9 +27,9 @@ from des_format.names import name_problem
 from des_format.shards import CONTAINER_SUFFIX, ContainerKey, is_day, parse_container_name
 from desfs import memory, metrics
 from desfs.changes import changed_folders, changed_paths, shown_paths
-from desfs.container import LoadedContainer
+from desfs.container import LoadedContainer, tail_length
 from desfs.errors import AccessDenied, DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
-from desfs.fetch import OpenContainer, StoreThreads, first_of
+from desfs.fetch import STORE_THREADS, OpenContainer, StoreThreads, first_of
 from desfs.inode import Slots, preferred_slot
 from desfs.layout import Layout
 from desfs.prefetch import Route, Stop
@@ -42,6 +42,7 @@ log = structlog.get_logger(__name__)
 
 _OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
 _OPEN_DAY_S = 2 * 86400.0
+_PARSE_S = 0.002  # of a container of a thousand files: measured
 _LARGE_DAY = 100_000  # entries: what opening it leaves behind is worth the milliseconds of giving it back
 _ATTEMPTS = 3  # to open what a listing named: a container may be replaced between the two
 # Of each day, the names that somebody has asked for in vain are remembered, so that the kernel may remember them too.
@@ -134,6 +135,7 @@ class DayView:
         self._route: Route | None = None
         self._complete: DayTree | None = None
         self._groups: dict[str, DayTree] = {}
+        self._waited_s = 0.0  # by lookups, for groups
         self._absent: dict[bytes, None] = {}
         self._absent_bytes = 0
         self._newest_ns = views.root_mtime_ns
@@ -188,7 +190,13 @@ class DayView:
         await self.ensure_listed()
         group = self._views.layout.group_of(path.decode())
         if self._complete is None and group is not None and not self._views.strict:
-            tree = self._groups.get(group) or await self._load_group(group)
+            tree = self._groups.get(group)
+            if tree is None and self._waited_s >= self._opening_s():
+                tree = await self.load()
+            elif tree is None:
+                asked = trio.current_time()
+                tree = await self._load_group(group)
+                self._waited_s += trio.current_time() - asked
             found = self._find_in(tree, path, group)
             if found is not None:
                 return found
@@ -202,6 +210,14 @@ class DayView:
         if found is None:
             raise NoSuchPath(f"{self.name}: no {path.decode()!r}", for_long=self._remember_absent(path))
         return found
+
+    def _opening_s(self) -> float:
+        """How long it takes to open the containers that are not open. When lookups have waited as long for one group
+        after the other, all are opened: never worse than twice the best choice made with hindsight."""
+        sizes = [each.info.size for key, each in self._candidates.items() if key not in self._open]
+        link = self._views.threads.meter.link()
+        trips = -(-len(sizes) // STORE_THREADS) * link.latency_s
+        return trips + sum(map(tail_length, sizes)) / link.bandwidth + len(sizes) * _PARSE_S
 
     async def load(self) -> DayTree:
         """The tree of the whole day, every index read. Raises: DamagedDay; StoreError."""

@@ -50,7 +50,8 @@ _META = -1  # in the place of a block: META, by its first byte
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class OpenContainer:
-    """A container with a slot. `externals` has the ETag of each external object that has been read; `verified` the
+    """A container with a slot. `externals` has the ETag of each external object that has been read, `external_keys` the
+    key that it has; `verified` the
     CRC-32C of each unit of the large payloads that matched their checksum as a whole, by row. `outdated`: an external
     object was replaced, and the kernel may have pages of the version before: its inodes must not be given the new one.
     `number` is of no other: a slot may be given away again, and what caches hold of the last one there must not be
@@ -60,6 +61,7 @@ class OpenContainer:
     slot: int
     number: int = field(default_factory=itertools.count().__next__)
     externals: dict[int, str] = field(default_factory=dict)
+    external_keys: dict[int, str] = field(default_factory=dict)
     verified: dict[int, list[int]] = field(default_factory=dict)
     outdated: bool = False
     _blocks: Blocks | None = None
@@ -185,6 +187,13 @@ class PieceCache:
         self._pieces[id(piece)] = piece
         self._count(piece, size)
         self._make_room()
+
+    def discard(self, key: _Key) -> None:
+        """Forget the piece with that block, if there is one."""
+        piece = self._holders.get(key)
+        if piece is not None:
+            del self._pieces[id(piece)]
+            self._forget(piece)
 
     def drop(self, container: int, kind: int) -> None:
         """Forget all pieces of a kind of a container."""

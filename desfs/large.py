@@ -112,6 +112,8 @@ class LargePayloads:
             # The kernel reads ahead in several requests at a time: one of them may come before its predecessor.
             walk = _Walk(unit_number, 1 if unit_number == 0 else 0)
         elif unit_number > walk.unit:
+            if walk.ahead:  # the kernel has what lies behind, and may have it again in the middle of the last unit
+                self._fetcher.cache.discard((container.number, row, unit_number - 2))
             walk.unit = unit_number
             walk.ahead = min(max(2 * walk.ahead, 1), max(self._max_ahead // unit, 1))
         self._walks[key] = walk
@@ -192,7 +194,7 @@ class LargePayloads:
         """[start, stop) of an external object, and its version, which is the one of all that has been read of it."""
         index, meta = container.loaded.index, container.loaded.meta
         try:
-            answer = await self._threads.fetch(
+            answer, key = await self._threads.fetch(
                 read_external,
                 self._threads.store,
                 container.info.key,
@@ -202,7 +204,9 @@ class LargePayloads:
                 stop,
                 int(index.data_length[row]),
                 if_match=container.externals.get(row),
+                known=container.external_keys.get(row),
             )
+            container.external_keys[row] = key
         except CorruptEntry as error:
             self._problems.report(container.info.key, str(error))
             raise

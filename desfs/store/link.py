@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from desfs.store.base import Answer, CopyRange, Listing, Store
@@ -17,7 +18,8 @@ _LATENCY_S = 0.02
 _BANDWIDTH = 100e6
 
 _SMALL = 256 * 1024  # bytes: an answer up to this size tells the latency, where nobody knows when its headers came
-_ENOUGH = 512 * 1024  # bytes: what came together tells the bandwidth from this size on
+_ENOUGH = 4 * 1024 * 1024  # bytes: what came together tells the bandwidth from this size on
+_BODY = 64 * 1024  # bytes: until then the rate of a single answer from this size on does, without its latency
 _PERIOD_S = 0.1  # while requests go on, the bandwidth is known after so long
 _LONGEST_S = 5.0
 _PERIODS = 8  # whose bandwidths are kept; the highest is what the way can do: the others had less to carry
@@ -43,6 +45,7 @@ class LinkMeter:
         self._lock = threading.Lock()
         self._latencies: deque[float] = deque(maxlen=_KEPT)
         self._bandwidths: deque[float] = deque(maxlen=_PERIODS)
+        self._rates: deque[float] = deque(maxlen=_PERIODS)
         self._running = 0
         # The period in which at least one request has been running, without a break.
         self._began_s = 0.0
@@ -52,7 +55,9 @@ class LinkMeter:
     def link(self) -> Link:
         """What has been measured so far."""
         with self._lock:
-            return Link(self._latency(), max(self._bandwidths, default=_BANDWIDTH))
+            if self._bandwidths:
+                return Link(self._latency(), max(self._bandwidths))
+            return Link(self._latency(), median(self._rates) if self._rates else _BANDWIDTH)
 
     def _latency(self) -> float:
         return min(self._latencies, default=_LATENCY_S)
@@ -79,6 +84,8 @@ class LinkMeter:
         size = len(answer.data)
         if answer.body_s is not None:
             self._latencies.append(max(ended - started - answer.body_s, 0.0))
+            if size >= _BODY:
+                self._rates.append(size / max(answer.body_s, 1e-4))
         elif size <= _SMALL:
             self._latencies.append(ended - started)
         elif not self._latencies:

@@ -79,7 +79,7 @@ def test_every_block_of_a_packed_file_has_its_checksum(
                     for number in range(block_count(size, BLOCK)):
                         bounds = block_bounds(size, BLOCK, number)
                         key = meta.external_key.get(row)
-                        block = bytes(read_external(store, loaded.info.key, name, key, *bounds, size).data)
+                        block = bytes(read_external(store, loaded.info.key, name, key, *bounds, size)[0].data)
                         checksums.check(number, block, name)
                         digest.update(block)
                         with pytest.raises(CorruptEntry, match=rf"{name}: block {number} at byte {number * BLOCK}: "):
