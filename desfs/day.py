@@ -255,9 +255,12 @@ class DayView:
         await self._tell(*trees)
 
     def has(self, container: OpenContainer) -> bool:
-        """True as long as the day shows what is in a container."""
+        """True as long as the day shows what is in a container; during a refresh that is what it has shown before."""
         shown = self._open.get(container.info.key)
-        return shown is not None and shown[0] is container
+        if shown is not None and shown[0] is container:
+            return True
+        trees = self._groups.values() if self._complete is None else (self._complete,)
+        return any(member.slot == container.slot for tree in trees for member in tree.members)
 
     def close(self) -> list[OpenContainer]:
         """Give up the view; the containers that it had open."""
