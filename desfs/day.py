@@ -42,6 +42,7 @@ log = structlog.get_logger(__name__)
 
 _OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
 _OPEN_DAY_S = 2 * 86400.0
+_FEW_GROUPS = 3  # who looks up so many files in different places has an end
 _PARSE_S = 0.002  # of a container of a thousand files: measured
 _LARGE_DAY = 100_000  # entries: what opening it leaves behind is worth the milliseconds of giving it back
 _ATTEMPTS = 3  # to open what a listing named: a container may be replaced between the two
@@ -191,7 +192,7 @@ class DayView:
         group = self._views.layout.group_of(path.decode())
         if self._complete is None and group is not None and not self._views.strict:
             tree = self._groups.get(group)
-            if tree is None and self._waited_s >= self._opening_s():
+            if tree is None and len(self._groups) >= _FEW_GROUPS and self._waited_s >= self._opening_s():
                 tree = await self.load()
             elif tree is None:
                 asked = trio.current_time()

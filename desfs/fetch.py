@@ -275,6 +275,7 @@ class Fetcher:
         self.on_piece: Callable[[OpenContainer, Piece], None] = lambda container, piece: None
         self._savers = trio.CapacityLimiter(2)
         self._unsaved = 0
+        self._coming: dict[int, int] = {}  # by container: bytes of small payloads
         self._ahead_running = 0
         self._waiting: deque[Flight] = deque()  # those that are wanted have started, or will from the other queue
         self._wanted: deque[Flight] = deque()
@@ -295,6 +296,10 @@ class Fetcher:
     def has(self, container: OpenContainer, block: int) -> bool:
         """Whether a block of small payloads is in memory."""
         return (container.number, SMALL, block) in self.cache
+
+    def bytes_of(self, container: OpenContainer) -> int:
+        """Bytes of small payloads of a container that are in memory or on their way."""
+        return self.cache.bytes_of(container.number) + self._coming.get(container.number, 0)
 
     def held(self, container: OpenContainer, first: int, last: int) -> list[Piece]:
         """The pieces in memory that have blocks of [first, last), each once."""
@@ -343,14 +348,24 @@ class Fetcher:
 
         async def bring() -> Piece:
             store, disk = self.threads.store, self.disk
-            piece, unsaved = await self.threads.fetch(_bring_blocks, store, disk, container, first, last)
+            try:
+                piece, unsaved = await self.threads.fetch(_bring_blocks, store, disk, container, first, last)
+            finally:
+                self._expect(container, start - stop)
             self.on_piece(container, piece)
             if disk is not None and unsaved and self._unsaved < _UNSAVED and self._nursery is not None:
                 self._unsaved += 1
                 self._nursery.start_soon(self._keep, disk, container.info, piece, unsaved)
             return piece
 
-        return self.start(keys, stop - start, bring)
+        flight = self.start(keys, stop - start, bring)
+        self._expect(container, stop - start)
+        return flight
+
+    def _expect(self, container: OpenContainer, size: int) -> None:
+        coming = self._coming.pop(container.number, 0) + size
+        if coming:
+            self._coming[container.number] = coming
 
     async def _keep(self, disk: DiskCache, info: ObjectInfo, piece: Piece, bounds: list[tuple[int, int]]) -> None:
         """Write to the disk cache what has come: nobody waits for it."""

@@ -55,8 +55,7 @@ PAGES_PUSHED = Counter(
 )
 PREFETCH_BOUGHT = Counter(
     "desfs_prefetch_bought_total",
-    "Times that the rest of a container, or of a day, was fetched because its misses had cost as much",
-    ["of"],
+    "Containers of which the rest was fetched because misses had cost as much",
     registry=REGISTRY,
 )
 

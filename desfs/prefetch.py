@@ -25,7 +25,7 @@ from desfs.push import ASKED, LISTED, PUSHED, Pusher
 from desfs.store.link import Link
 from desfs.tree import DayTree, Member
 from desfs.walk import Order, entered, following
-from desfs.window import Accounts, Buy, Scan, Window, rent_size
+from desfs.window import Accounts, Scan, Window, rent_size
 
 _WALKS = 32  # readers of a day that are followed at a time; the one that was quiet longest is forgotten
 # Whoever walks through a day that so many windows would bring is brought all of it: in whole pieces of the containers,
@@ -395,18 +395,15 @@ class Prefetcher:
         lefts = {stop.container.number: self._left(stop.container) for stop in stops}
         lefts.setdefault(container.number, self._left(container))
         link = self._fetcher.threads.meter.link()
-        buy = day.accounts.miss(container.number, waited_s, lefts, PIECE, self._affordable, link)
-        if buy is Buy.CONTAINER:
-            metrics.PREFETCH_BOUGHT.labels("container").inc()
-            self._fetcher.fetch_ahead(container, 0, len(container.blocks))
-        elif buy is Buy.DAY:
-            metrics.PREFETCH_BOUGHT.labels("day").inc()
-            for stop in stops:
-                self._fetcher.fetch_ahead(stop.container, 0, len(stop.container.blocks))
+        bought = day.accounts.miss(container.number, waited_s, lefts, PIECE, self._affordable, link)
+        containers = {stop.container.number: stop.container for stop in stops}
+        for number in bought:
+            metrics.PREFETCH_BOUGHT.inc()
+            each = containers.get(number, container)
+            self._fetcher.fetch_ahead(each, 0, len(each.blocks))
 
     def _left(self, container: OpenContainer) -> int:
-        held = self._fetcher.cache.bytes_of(container.number)
-        return max(container.loaded.index.footer.data_length - held, 0)
+        return max(container.loaded.index.footer.data_length - self._fetcher.bytes_of(container), 0)
 
     # --- what to push --------------------------------------------------------------------------------------------
 

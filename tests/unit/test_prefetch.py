@@ -259,8 +259,8 @@ def test_a_file_that_is_asked_for_again_has_lost_its_pages_and_so_have_others(wo
 # --- rent or buy -------------------------------------------------------------------------------------------------
 
 
-def bought(of: str) -> float:
-    return metrics.snapshot().get(f"desfs_prefetch_bought_total.{of}", 0.0)
+def bought() -> float:
+    return metrics.snapshot()["desfs_prefetch_bought_total"]
 
 
 @pytest.fixture
@@ -273,12 +273,12 @@ def two(tmp_path: Path) -> World:
 
 def test_misses_that_have_cost_as_much_buy_the_rest_of_the_container(two: World) -> None:
     two.threads.meter = FixedMeter(NEAR)
-    before = bought("container")
+    before = bought()
 
     async def main() -> None:
         await two.read("a20")
         await two.idle()
-        assert bought("container") == before + 1
+        assert bought() == before + 1
         gets = two.gets()
         for n in range(30):
             assert await two.read(f"a{n:02d}") == bytes([n]) * BLOCK
@@ -287,14 +287,14 @@ def test_misses_that_have_cost_as_much_buy_the_rest_of_the_container(two: World)
     two.run(main)
 
 
-def test_misses_of_many_containers_buy_the_day(two: World) -> None:
+def test_what_a_miss_has_cost_beyond_its_container_buys_another(two: World) -> None:
     two.threads.meter = FixedMeter(NEAR)
-    before = bought("day")
+    before = bought()
 
     async def main() -> None:
         assert await two.read("b", container=two.containers[1]) == b"alone"  # nothing is left of that one
         await two.idle()
-        assert bought("day") == before + 1
+        assert bought() == before + 1
         gets = two.gets()
         for n in range(30):
             assert await two.read(f"a{n:02d}") == bytes([n]) * BLOCK
@@ -305,28 +305,28 @@ def test_misses_of_many_containers_buy_the_day(two: World) -> None:
 
 def test_nothing_is_bought_for_more_than_it_costs_to_wait(two: World) -> None:
     two.threads.meter = FixedMeter(FAR)
-    before = bought("container") + bought("day")
+    before = bought() + bought()
 
     async def main() -> None:
         for n in (25, 3, 17):
             await two.read(f"a{n:02d}")
 
     two.run(main)
-    assert bought("container") + bought("day") == before
+    assert bought() + bought() == before
 
 
 def test_nothing_is_bought_that_memory_does_not_hold(tmp_path: Path) -> None:
     put_container(tmp_path / KEY, {f"a{n:02d}": bytes([n]) * BLOCK for n in range(30)})
     world = World(tmp_path, max_gap=0, memory=3 << 20)
     world.threads.meter = FixedMeter(NEAR)
-    before = bought("container") + bought("day")
+    before = bought() + bought()
 
     async def main() -> None:
         for n in (25, 3, 17):
             assert await world.read(f"a{n:02d}") == bytes([n]) * BLOCK
 
     world.run(main)
-    assert bought("container") + bought("day") == before
+    assert bought() + bought() == before
 
 
 def test_days_that_are_not_there_any_more_are_let_go(world: World) -> None:
