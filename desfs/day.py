@@ -45,6 +45,7 @@ _OPEN_DAY_S = 2 * 86400.0
 _FEW_GROUPS = 3  # who looks up so many files in different places has an end
 _PARSE_S = 0.002  # of a container of a thousand files: measured
 _LARGE_DAY = 100_000  # entries: what opening it leaves behind is worth the milliseconds of giving it back
+_TOLD_AT_A_TIME = 500  # names: some milliseconds
 _ATTEMPTS = 3  # to open what a listing named: a container may be replaced between the two
 # Of each day, the names that somebody has asked for in vain are remembered, so that the kernel may remember them too.
 _ABSENT_NAMES = 10_000
@@ -387,8 +388,7 @@ class DayView:
         groups, self._groups, self._complete = list(self._groups.values()), {}, complete
         self._report_collisions(complete)
         if groups:  # what one index alone has answered may look otherwise among all
-            paths = await trio.to_thread.run_sync(changed_paths, groups, [complete])
-            self._views.on_change(Changes(self.name.encode(), paths, []))
+            await self._tell_paths(await trio.to_thread.run_sync(changed_paths, groups, [complete]), [])
         return complete
 
     async def _open_all(self, wanted: Callable[[Candidate], bool]) -> str | None:
@@ -570,7 +570,14 @@ class DayView:
                 if self._absent.pop(path, path) is None:
                     self._absent_bytes -= len(path)
             paths.update(arrived)
-        self._views.on_change(Changes(self.name.encode(), sorted(paths), folders))
+        await self._tell_paths(sorted(paths), folders)
+
+    async def _tell_paths(self, paths: list[bytes], folders: list[bytes]) -> None:
+        """In pieces: a seal may concern a million names, and others have requests meanwhile."""
+        for first in range(0, max(len(paths), 1), _TOLD_AT_A_TIME):
+            piece = paths[first : first + _TOLD_AT_A_TIME]
+            self._views.on_change(Changes(self.name.encode(), piece, [] if first else folders))
+            await trio.lowlevel.checkpoint()
 
     def _retire_gone(self) -> None:
         """Close what the current listing does not have in this version."""

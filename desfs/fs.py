@@ -526,6 +526,9 @@ class FileSystem:
             inode = self._directory_inode(changes.day, folder)
             if inode in self._directories:
                 self._kernel.forget_attributes(inode)
+        inodes: dict[bytes, InodeNumber] = {}
         for path in changes.paths:
             folder, _, name = path.rpartition(b"/")
-            self._kernel.forget_entry(self._directory_inode(changes.day, folder), name)
+            if folder not in inodes:
+                inodes[folder] = self._directory_inode(changes.day, folder)
+            self._kernel.forget_entry(inodes[folder], name)

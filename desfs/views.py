@@ -95,6 +95,7 @@ class Views:
             for name in self._days.keys() - names.keys():
                 self.changes[name] += 1
                 self.retire(self._days.pop(name).close())
+            self.retire(())  # and let go of what has been read long enough
             self._holders &= names.keys()
             self._empty = {name: looked_at for name, looked_at in self._empty.items() if name in names}
             self.names = dict(sorted(names.items(), key=lambda item: item[1].ordinal))

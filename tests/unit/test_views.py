@@ -630,6 +630,22 @@ def test_a_refresh_shows_what_came_and_what_went_and_tells_exactly_that(world: W
     run(main)
 
 
+def test_many_changes_are_told_in_pieces(world: World) -> None:
+    """A seal concerns all names of a day: other requests go on between the pieces."""
+    names = [f"f{number:04d}" for number in range(1200)]
+    world.put(f"{DAY}/0-000001.des", *names)
+
+    async def main() -> None:
+        await world.start()
+        assert len(await world.names()) == 1200
+        (world.root / DAY / "0-000001.des").rename(world.root / DAY / "0.des")
+        await (await world.day()).refresh()
+        assert [path.decode() for change in world.changes for path in change.paths] == names
+        assert max(len(change.paths) for change in world.changes) == 500
+
+    run(main)
+
+
 def test_a_refresh_opens_only_what_is_new_and_only_shards_in_use(world: World) -> None:
     put_sharded(world.root, DAY, dict.fromkeys("abcdef", b"x"))
 
