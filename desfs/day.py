@@ -29,7 +29,7 @@ from desfs import memory, metrics
 from desfs.changes import changed_folders, changed_paths, shown_paths
 from desfs.container import LoadedContainer, tail_length
 from desfs.errors import AccessDenied, DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
-from desfs.fetch import STORE_THREADS, OpenContainer, StoreThreads, first_of
+from desfs.fetch import OpenContainer, StoreThreads, first_of
 from desfs.inode import Slots, preferred_slot
 from desfs.layout import Layout
 from desfs.prefetch import Route, Stop
@@ -40,6 +40,7 @@ from desfs.turns import Gate, Turns
 
 log = structlog.get_logger(__name__)
 
+OPENED_AT_A_TIME = 16  # containers: each costs some 3 MB while its index is parsed
 _OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
 _OPEN_DAY_S = 2 * 86400.0
 _FEW_GROUPS = 3  # who looks up so many files in different places has an end
@@ -218,7 +219,7 @@ class DayView:
         after the other, all are opened: never worse than twice the best choice made with hindsight."""
         sizes = [each.info.size for key, each in self._candidates.items() if key not in self._open]
         link = self._views.threads.meter.link()
-        trips = -(-len(sizes) // STORE_THREADS) * link.latency_s
+        trips = -(-len(sizes) // OPENED_AT_A_TIME) * link.latency_s
         return trips + sum(map(tail_length, sizes)) / link.bandwidth + len(sizes) * _PARSE_S
 
     async def load(self) -> DayTree:

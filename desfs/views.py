@@ -14,7 +14,7 @@ from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import name_problem
 from des_format.shards import CONTAINER_SUFFIX, is_day, parse_container_name
 from desfs.container import LoadedContainer, load_container
-from desfs.day import Changes, DayView, RootEntry
+from desfs.day import OPENED_AT_A_TIME, Changes, DayView, RootEntry
 from desfs.errors import NoSuchObject, NoSuchPath, StoreError
 from desfs.fetch import OpenContainer, StoreThreads, first_of
 from desfs.inode import Slots
@@ -26,7 +26,6 @@ log = structlog.get_logger(__name__)
 
 _RETIRED_S = 3600.0  # how long a container that left its day can still be read by those who have its files open
 _EMPTY_S = 60.0  # how long a folder of the root that is no day, and holds no containers, is not looked at again
-_OPENED_AT_A_TIME = 16  # containers: each costs some 3 MB while its index is parsed
 
 
 class Views:
@@ -45,7 +44,7 @@ class Views:
         """`on_change` is told of every change of what a day has shown; `load` opens a container, in a thread."""
         self.on_change = on_change
         self.load_container = load
-        self.opening = trio.CapacityLimiter(_OPENED_AT_A_TIME)
+        self.opening = trio.CapacityLimiter(OPENED_AT_A_TIME)
         self.threads = threads
         self.problems = problems
         self.strict = strict
