@@ -11,9 +11,9 @@ import binascii
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import msgspec
 
+from des_format.checksum import crc32c
 from des_format.codec import Buffer
 from des_format.errors import CorruptEntry, SizeMismatch
 from des_format.layout import MAX_META
@@ -48,7 +48,7 @@ class BlockChecksums:
         if len(value) != _VALUE:
             raise IndexError(f"block {number} of {len(self.crc32c) // _VALUE}")
         wanted = int.from_bytes(value, "little")
-        found = google_crc32c.value(bytes(data))
+        found = crc32c(data)
         if found != wanted:
             raise CorruptEntry(
                 f"{what}: block {number} at byte {number * self.block_size}: "
@@ -76,7 +76,7 @@ class BlockSummer:
         while at < len(piece):
             room = self._block_size - self._taken % self._block_size
             part = piece[at : at + room]
-            self._current = google_crc32c.extend(self._current, bytes(part))
+            self._current = crc32c(part, self._current)
             self._taken += len(part)
             at += len(part)
             if len(part) == room:

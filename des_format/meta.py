@@ -7,12 +7,12 @@ from array import array
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 
-import google_crc32c
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from des_format.blocks import BLOCK, BlockChecksums, parse_blocks
+from des_format.checksum import crc32c as crc32c_of
 from des_format.codec import Buffer
 from des_format.errors import CorruptEntry
 from des_format.index import BAD_META, Index
@@ -233,7 +233,7 @@ class PayloadVerifier:
         if self._sha256 is not None:
             self._sha256.update(piece)
         else:
-            self._crc32c = google_crc32c.extend(self._crc32c, bytes(piece))
+            self._crc32c = crc32c_of(piece, self._crc32c)
 
     def check(self) -> None:
         """After the last piece. Raises: CorruptEntry."""

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import google_crc32c
+import numpy as np
 import structlog
 import trio
 
@@ -553,6 +554,7 @@ def _bad_rows(container: OpenContainer, first: int, last: int, start: int, data:
     view = memoryview(data)
     bad = []
     checksum = google_crc32c.value
+    array = np.frombuffer(view.toreadonly(), np.uint8)  # which the library takes, and no memoryview
     for row, offset, length, known, wanted in zip(
         rows.tolist(),
         (index.data_offset[rows] - start).tolist(),
@@ -562,8 +564,7 @@ def _bad_rows(container: OpenContainer, first: int, last: int, start: int, data:
         strict=True,
     ):
         if known:
-            # The library takes no memoryview.
-            if checksum(bytes(view[offset : offset + length])) != wanted:
+            if checksum(array[offset : offset + length]) != wanted:
                 bad.append(row)
         elif row in meta.sha256:
             try:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import google_crc32c
 import trio
 
+from des_format.checksum import crc32c
 from des_format.errors import CorruptEntry
 from des_format.layout import EXTERNAL
 from des_format.plan import plan_gets
@@ -262,7 +262,7 @@ class LargePayloads:
             await in_parallel(partial(get, place, *each) for place, each in enumerate(gets))
             for (low, high), (data, version) in zip(gets, found, strict=True):
                 await trio.to_thread.run_sync(verifier.update, data)
-                checksums.append(await trio.to_thread.run_sync(_crc32c, data))
+                checksums.append(await trio.to_thread.run_sync(crc32c, data))
                 number = low // UNIT
                 # Not verified yet: where the pass fails, the next try looks past it and puts other bytes in its place.
                 await self._keep(container, row, version, [(low, high, data)])
@@ -290,13 +290,9 @@ def _check(container: OpenContainer, row: int, number: int, data: bytes | memory
     if blocks is not None:
         blocks.check(number, data, f"{container.info.key}: {index.entry(row).name!r}")
     elif row in container.verified:
-        if _crc32c(data) != container.verified[row][number]:
+        if crc32c(data) != container.verified[row][number]:
             raise CorruptEntry(
                 f"{container.info.key}: {index.entry(row).name!r}: unit {number} is not what was verified before"
             )
     elif not index.flags[row] & EXTERNAL and index.data_length[row] <= LARGE_PAYLOAD:
         meta.verify(index, row, bytes(data))
-
-
-def _crc32c(data: bytes | memoryview) -> int:
-    return int(google_crc32c.value(bytes(data)))

@@ -22,6 +22,7 @@ PURE = frozenset(
         "des_format/shards.py",
         "des_format/codec.py",
         "des_format/blocks.py",
+        "des_format/checksum.py",
         "des_format/index.py",
         "des_format/packed_meta.py",
         "des_format/plan.py",
