@@ -41,8 +41,6 @@ STORE_THREADS = 32
 AHEAD = 16
 LEAST_AHEAD = 8
 
-# Pieces that wait to be written to the disk cache: what comes faster than the disk takes it is not kept there.
-_UNSAVED = 16
 # What is being fetched is in memory twice while its end is put to its beginning.
 _COPIES = 2
 
@@ -354,8 +352,8 @@ class Fetcher:
             finally:
                 self._expect(container, start - stop)
             self.on_piece(container, piece)
-            if disk is not None and unsaved and self._unsaved < _UNSAVED and self._nursery is not None:
-                self._unsaved += 1
+            if disk is not None and unsaved and self._nursery is not None and self._may_keep(piece):
+                self._unsaved += len(piece.data)
                 self._nursery.start_soon(self._keep, disk, container.info, piece, unsaved)
             return piece
 
@@ -368,6 +366,10 @@ class Fetcher:
         if coming:
             self._coming[container.number] = coming
 
+    def _may_keep(self, piece: Piece) -> bool:
+        """What comes faster than the disk takes it is not kept there: an eighth of the memory may wait for it."""
+        return not self._unsaved or self._unsaved + len(piece.data) <= self._memory // 8
+
     async def _keep(self, disk: DiskCache, info: ObjectInfo, piece: Piece, bounds: list[tuple[int, int]]) -> None:
         """Write to the disk cache what has come: nobody waits for it."""
         try:
@@ -375,7 +377,7 @@ class Fetcher:
         except Exception:  # of a cache, which reports its disk's errors by itself
             log.exception("unexpected error in the disk cache")
         finally:
-            self._unsaved -= 1
+            self._unsaved -= len(piece.data)
 
     async def _once_more(self, container: OpenContainer, row: int, offset: int, length: int) -> memoryview:
         """A payload that did not match its checksum: it may be the way's fault, not the store's."""
