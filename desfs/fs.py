@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -239,7 +240,13 @@ class FileSystem:
         for slot, rows in tree.listed(path, self._listed.get(inode, 0), after):
             self.prefetcher.listed(self.views.slots[slot], rows)
         self._listed[inode] = after
-        return self._entries(day, tree, path, after)
+        pages = self._entries(day, tree, path, after)
+        first = next(pages, None)
+        if first is None:
+            if after:  # the end of a listing: most programs read the files next
+                await self.prefetcher.pushed()
+            return pages
+        return chain((first,), pages)
 
     def parent(self, inode: int) -> InodeNumber:
         """The directory that a directory is in; the root is in itself. Raises: NotADirectory, StaleInode."""

@@ -35,6 +35,7 @@ _MOST = 16
 # time than this between.
 _AT_ONCE_S = 2.0
 _SURE = 2 * PIECE  # bytes that such a reader is given at least
+_PUSH_WAIT_S = 0.005  # the files of a directory of some hundred take 2 ms
 _LISTINGS = 1000  # that are remembered
 
 
@@ -213,6 +214,15 @@ class Prefetcher:
         )
         for piece in self._fetcher.held(container, first, last):
             self._push(container, plan, piece, first, last)
+
+    async def pushed(self) -> None:
+        """Wait a moment for what is being pushed: a reader that overtakes it costs more time than it gains."""
+        if self.pusher is None:
+            return
+        done, token = trio.Event(), trio.lowlevel.current_trio_token()
+        if self.pusher.when_idle(lambda: token.run_sync_soon(done.set)):
+            with trio.move_on_after(_PUSH_WAIT_S):
+                await done.wait()
 
     def listing(self, day: str, path: bytes) -> None:
         """Somebody begins to list a directory of a day."""

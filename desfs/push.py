@@ -62,6 +62,8 @@ class Pusher:
         self._queued = 0
         self._changed = threading.Condition()
         self._stopping = False
+        self._working = False
+        self._when_idle: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._work, name="push", daemon=True)
 
     def start(self) -> None:
@@ -86,13 +88,27 @@ class Pusher:
             self._queue.append((container, piece, rows))
             self._changed.notify()
 
+    def when_idle(self, tell: Callable[[], None]) -> bool:
+        """Have the thread call `tell` when nothing is left to push; False, and no call, if that is so now."""
+        with self._changed:
+            if not self._queue and not self._working:
+                return False
+            self._when_idle.append(tell)
+            return True
+
     def _work(self) -> None:
         while True:
             with self._changed:
+                self._working = False
+                if not self._queue:
+                    waiting, self._when_idle = self._when_idle, []
+                    for tell in waiting:
+                        tell()
                 while not self._queue and not self._stopping:
                     self._changed.wait()
                 if self._stopping:
                     return
+                self._working = True
                 container, piece, rows = self._queue.popleft()
                 self._queued -= len(piece.data)
             try:
