@@ -309,6 +309,10 @@ class Fetcher:
                 found[id(piece)] = piece
         return list(found.values())
 
+    def pieces(self, container: OpenContainer) -> list[tuple[int, int]]:
+        """All blocks of a container in runs [first, last) that one GET brings each."""
+        return container.blocks.pieces(0, len(container.blocks), limit=self._piece_bytes, max_gap=self._max_gap)
+
     def fetch_ahead(self, container: OpenContainer, first: int, last: int) -> int:
         """Begin to fetch what of the blocks [first, last) is neither here nor on its way; bytes asked for."""
         asked = 0

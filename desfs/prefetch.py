@@ -36,6 +36,7 @@ _MOST = 16
 _AT_ONCE_S = 2.0
 _SURE = 2 * PIECE  # bytes that such a reader is given at least
 _PUSH_WAIT_S = 0.005  # the files of a directory of some hundred take 2 ms
+_EVERYTHING = 1 << 62  # a position behind all days
 _LISTINGS = 1000  # that are remembered
 
 
@@ -127,6 +128,11 @@ class _Walk:
             if run.start < stop:
                 low = run.begin + max(start - run.start, 0)
                 yield run, low, min(run.end, run.begin + stop - run.start)
+
+    def from_position(self, start: int) -> Iterator[tuple[_Run, int, int]]:
+        """All that the reader will still walk over: the runs, each with the bytes of its container."""
+        self.know(_EVERYTHING)
+        return reversed(list(self.between(start, self.known)))
 
 
 class _Day:
@@ -393,11 +399,17 @@ class Prefetcher:
         if not 0 < left <= min(self._affordable, _MOST * walk.scan.size):
             return
         walk.has_all = True
-        near = [run.stop for run, _, _ in walk.between(window.start, window.stop)]
-        for stop in dict.fromkeys((*reversed(near), *shape.route)):
-            blocks = len(stop.container.blocks)
-            self._fetcher.fetch_ahead(stop.container, 0, blocks)
-            self._mark_for_push(stop.container, self._plans.setdefault(stop.container, _Plan()), 0, blocks)
+        pieces = {stop.container: self._fetcher.pieces(stop.container) for stop in shape.route}
+        # What the reader needs first comes first.
+        for run, low, high in walk.from_position(window.start):
+            first, last = run.stop.container.blocks.between(low, high)
+            for piece in pieces.get(run.stop.container, ()):
+                if piece[0] < last and first < piece[1]:
+                    self._fetcher.fetch_ahead(run.stop.container, *piece)
+        for container in pieces:
+            blocks = len(container.blocks)
+            self._fetcher.fetch_ahead(container, 0, blocks)
+            self._mark_for_push(container, self._plans.setdefault(container, _Plan()), 0, blocks)
 
     def _has_waited(self, day: _Day, shape: DayShape, container: OpenContainer, waited_s: float) -> None:
         """Rent or buy."""
