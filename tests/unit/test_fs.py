@@ -362,6 +362,38 @@ def test_a_container_that_went_between_open_and_read_is_estale_for_the_old_inode
     run(world, main)
 
 
+def test_a_replaced_external_object_gets_its_container_new_inodes(world: World) -> None:
+    """The kernel may have pages of the old version: the old inode never shows the new one. Files of the container that
+    have not changed are read on."""
+    target = world.root / DAY / "_bigFiles" / "big"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"old")
+    with DesWriter(world.root / DAY / "0.des", external_prefix=f"{DAY}/") as writer:
+        writer.add_external("big", 3)
+        writer.add_file("f", b"small", meta_of(b"small"))
+
+    async def main() -> None:
+        old, small = await world.at(f"{DAY}/big"), await world.at(f"{DAY}/f")
+        assert await world.fs.read(old.inode, 0, 3) == b"old"
+        world.fs.fetcher.cache.resize(0)
+        fresh = target.with_name("fresh")
+        fresh.write_bytes(b"new")
+        fresh.rename(target)
+        for _ in range(3):
+            with pytest.raises(StaleInode):
+                await world.fs.read(old.inode, 0, 3)
+        day = directory_inode(DAY.encode())
+        assert (day, b"big") in world.kernel.told
+        assert (day, b"big") in world.kernel.dropped
+        assert await world.read(f"{DAY}/big") == b"new"
+        assert (await world.at(f"{DAY}/big")).inode != old.inode
+        assert await world.fs.read(small.inode, 0, 5) == b"small"
+        with pytest.raises(StaleInode):
+            await world.fs.read(old.inode, 0, 3)
+
+    run(world, main)
+
+
 def test_what_was_read_before_a_container_went_can_still_be_read(world: World) -> None:
     """A container that left its day can be read for a while by those who have its files open."""
     world.put(f"{DAY}/0.des", "f")
