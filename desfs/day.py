@@ -43,6 +43,7 @@ log = structlog.get_logger(__name__)
 OPENED_AT_A_TIME = 16  # containers: each costs some 3 MB while its index is parsed
 _OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
 _OPEN_DAY_S = 2 * 86400.0
+_FEW_TRIPS = 4
 _FEW_GROUPS = 3  # who looks up so many files in different places has an end
 _PARSE_S = 0.002  # of a container of a thousand files: measured
 _LARGE_DAY = 100_000  # entries: what opening it leaves behind is worth the milliseconds of giving it back
@@ -194,7 +195,7 @@ class DayView:
         group = self._views.layout.group_of(path.decode())
         if self._complete is None and group is not None and not self._views.strict:
             tree = self._groups.get(group)
-            if tree is None and len(self._groups) >= _FEW_GROUPS and self._waited_s >= self._opening_s():
+            if tree is None and self._groups and self._opening_pays():
                 tree = await self.load()
             elif tree is None:
                 asked = trio.current_time()
@@ -214,9 +215,16 @@ class DayView:
             raise NoSuchPath(f"{self.name}: no {path.decode()!r}", for_long=self._remember_absent(path))
         return found
 
+    def _opening_pays(self) -> bool:
+        """Whether to open all containers for a lookup that needs one more group: when that costs a few round trips, and
+        when lookups have waited as long for one group after the other as it costs, which is never worse than twice
+        the best choice made with hindsight."""
+        cost_s = self._opening_s()
+        trips_s = _FEW_TRIPS * self._views.threads.meter.link().latency_s
+        return cost_s <= trips_s or (len(self._groups) >= _FEW_GROUPS and self._waited_s >= cost_s)
+
     def _opening_s(self) -> float:
-        """How long it takes to open the containers that are not open. When lookups have waited as long for one group
-        after the other, all are opened: never worse than twice the best choice made with hindsight."""
+        """How long it takes to open the containers that are not open."""
         sizes = [each.info.size for key, each in self._candidates.items() if key not in self._open]
         link = self._views.threads.meter.link()
         trips = -(-len(sizes) // OPENED_AT_A_TIME) * link.latency_s

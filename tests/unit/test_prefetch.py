@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from pathlib import Path
 from random import Random
@@ -259,6 +260,11 @@ def test_a_file_that_is_asked_for_again_has_lost_its_pages_and_so_have_others(wo
 # --- rent or buy -------------------------------------------------------------------------------------------------
 
 
+def slowly() -> None:
+    """A miss costs its reader 20 ms."""
+    threading.Event().wait(0.02)
+
+
 def bought() -> float:
     return metrics.snapshot()["desfs_prefetch_bought_total"]
 
@@ -273,6 +279,7 @@ def two(tmp_path: Path) -> World:
 
 def test_misses_that_have_cost_as_much_buy_the_rest_of_the_container(two: World) -> None:
     two.threads.meter = FixedMeter(NEAR)
+    two.store.before = lambda method, key: slowly()
     before = bought()
 
     async def main() -> None:
@@ -289,6 +296,7 @@ def test_misses_that_have_cost_as_much_buy_the_rest_of_the_container(two: World)
 
 def test_what_a_miss_has_cost_beyond_its_container_buys_another(two: World) -> None:
     two.threads.meter = FixedMeter(NEAR)
+    two.store.before = lambda method, key: slowly()
     before = bought()
 
     async def main() -> None:
