@@ -285,7 +285,7 @@ def test_misses_that_have_cost_as_much_buy_the_rest_of_the_container(two: World)
     async def main() -> None:
         await two.read("a20")
         await two.idle()
-        assert bought() == before + 1
+        assert bought() > before
         gets = two.gets()
         for n in range(30):
             assert await two.read(f"a{n:02d}") == bytes([n]) * BLOCK
