@@ -26,7 +26,8 @@ from desfs.blocks import LARGE_PAYLOAD
 from desfs.container import read_external
 from desfs.disk_cache import ObjectVersion
 from desfs.errors import ObjectReplaced
-from desfs.fetch import Fetcher, Flight, OpenContainer, Piece, in_parallel
+from desfs.fetch import Fetcher, Flight, OpenContainer, Piece
+from desfs.tasks import in_parallel
 
 UNIT = 4 * 1024 * 1024  # bytes: as PIECE; a checksum's block where META says nothing else
 _PASS = 8 * UNIT  # bytes fetched at a time by a pass over a payload

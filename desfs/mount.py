@@ -15,13 +15,13 @@ import trio
 
 from desfs import memory
 from desfs.errors import DesfsError, StoreUnavailable
-from desfs.fetch import first_of
 from desfs.fs import FileSystem
 from desfs.levers import LEVERS
 from desfs.mountpoint import Mounted, mounted_at
 from desfs.operations import KernelNotifier, Operations
 from desfs.settings import MountSettings
 from desfs.store import open_store
+from desfs.tasks import first_of
 
 log = structlog.get_logger(__name__)
 

@@ -16,11 +16,12 @@ from des_format.shards import CONTAINER_SUFFIX, is_day, parse_container_name
 from desfs.container import LoadedContainer, load_container
 from desfs.day import OPENED_AT_A_TIME, Changes, DayView, RootEntry
 from desfs.errors import NoSuchObject, NoSuchPath, StoreError
-from desfs.fetch import OpenContainer, StoreThreads, first_of
+from desfs.fetch import OpenContainer, StoreThreads
 from desfs.inode import Slots
 from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo, Store
+from desfs.tasks import first_of
 
 log = structlog.get_logger(__name__)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from random import Random
+from typing import Protocol
 from zlib import crc32
 
 import numpy as np
@@ -79,14 +80,12 @@ def version_of(name: str, data: bytes, start: int = 0) -> int:
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
-class Objects:
+class Objects(Protocol):
     """Whole objects under their keys."""
 
-    def put(self, key: str, data: bytes) -> None:
-        raise NotImplementedError
+    def put(self, key: str, data: bytes) -> None: ...
 
-    def delete(self, key: str) -> None:
-        raise NotImplementedError
+    def delete(self, key: str) -> None: ...
 
 
 class FileObjects(Objects):
