@@ -69,6 +69,10 @@ class Blocks:
         at = int(self._rows.searchsorted(np.uint32(row)))
         return at < len(self._rows) and int(self._rows[at]) == row
 
+    def contained(self, rows: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        """Those of some rows, ascending, whose payloads are in blocks."""
+        return rows if self._rows is None else np.intersect1d(rows, self._rows, assume_unique=True)
+
     def of(self, offset: int) -> int:
         """The block of a small payload, by the offset of its first byte in the container."""
         return int(self._number.searchsorted(np.uint64(offset // BLOCK)))
@@ -97,8 +101,7 @@ class Blocks:
 
     def extent_of(self, rows: npt.NDArray[np.uint32]) -> tuple[int, int] | None:
         """From the first to the last byte of the payloads of these rows, ascending, that are in blocks."""
-        if self._rows is not None:
-            rows = np.intersect1d(rows, self._rows, assume_unique=True)
+        rows = self.contained(rows)
         if not len(rows):
             return None
         last = int(rows[-1])

@@ -29,7 +29,7 @@ _META_PIECE = 16 * 1024 * 1024  # bytes of META in memory at a time, where the w
 
 # Held by those who parse, and not while they wait for the store: sixteen threads that take turns with Python's lock
 # needed 80 ms for what one of them does in 32.
-_PARSING = threading.Semaphore(2)
+_PARSING = threading.Semaphore(1)
 
 _PROBLEMS_NAMED = 20  # of one container; the rest is counted
 

@@ -10,10 +10,10 @@ import stat
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 import trio
 
@@ -48,7 +48,7 @@ from desfs.inode import (
 from desfs.levers import LEVERS
 from desfs.prefetch import DayShape, Prefetcher
 from desfs.problems import Problems
-from desfs.push import Batch, Pushed, Pusher
+from desfs.push import PageQueue, Pusher
 from desfs.settings import MountSettings
 from desfs.store.base import Store
 from desfs.tree import DayTree, Page
@@ -84,23 +84,22 @@ class Attributes(NamedTuple):
 
 
 class EntryPage(NamedTuple):
-    """Names of a directory, one behind another, as columns of the same length; behind `cookies[i]` the listing goes on.
-    `modes`, `sizes` and `mtimes_ns` are what stat shows, `timeout_s` holds for all."""
+    """Names of a directory, one behind another, and a column for each of COLUMNS: i64[5, n]. Behind a cookie the
+    listing goes on; `mode`, `size` and `mtime_ns` are what stat shows. `timeout_s` holds for all."""
 
     names: list[bytes]
-    cookies: list[int]
-    inodes: list[int]
-    modes: list[int]
-    sizes: list[int]
-    mtimes_ns: list[int]
+    columns: npt.NDArray[np.int64]
     timeout_s: float
 
     @classmethod
     def of(cls, entries: Sequence[tuple[int, bytes, Attributes]]) -> EntryPage:
         """A page of (cookie, name, attributes), at least one, which share their time-out."""
-        cookies, names, attributes = zip(*entries, strict=True)
-        inodes, modes, sizes, mtimes_ns, timeouts_s = zip(*attributes, strict=True)
-        return cls(list(names), list(cookies), list(inodes), list(modes), list(sizes), list(mtimes_ns), min(timeouts_s))
+        rows = [(cookie, each.inode, each.mode, each.size, each.mtime_ns) for cookie, _, each in entries]
+        timeout_s = min(each.timeout_s for _, _, each in entries)
+        return cls([name for _, name, _ in entries], np.array(rows, np.int64).T.copy(), timeout_s)
+
+
+COLUMNS = ("cookie", "inode", "mode", "size", "mtime_ns")
 
 
 class KernelCache(Protocol):
@@ -126,8 +125,9 @@ class KernelCache(Protocol):
         """The kernel's pages of a file are not what the file has."""
         ...
 
-    def store_pages(self, batch: Batch) -> Pushed:
-        """Keep the whole content of files; called in a thread of its own, and may wait for a pending read."""
+    def page_queue(self) -> PageQueue:
+        """Where files are queued whose whole content it is to keep; served by a thread of its own, which may wait for a
+        pending read."""
         ...
 
 
@@ -149,7 +149,6 @@ class FileSystem:
         self._control = ControlDirectory(self.render_control)
         self._directories: dict[int, tuple[DayView, bytes]] = {}
         self._gone: set[int] = set()  # slots of containers that are not in the store any more
-        self._listed: dict[int, int] = {}  # how far the kernel has the entries of a directory
         self._kernel: KernelCache | None = None
         self._forgetting = trio.CapacityLimiter(_FORGETTING)
         self._started = time.time()
@@ -163,7 +162,7 @@ class FileSystem:
     async def run(self, kernel: KernelCache, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Fetch what is read, and refresh the days that may change, until cancelled."""
         self._kernel = kernel
-        pusher = Pusher(kernel.store_pages, self.settings.memory // 8)
+        pusher = Pusher(kernel.page_queue(), self.settings.memory // 8)
         pusher.start()
         self.prefetcher.pusher = pusher
         try:
@@ -238,16 +237,16 @@ class FileSystem:
         tree = await day.load()
         if not tree.is_ready(path):
             await trio.to_thread.run_sync(tree.prepare, path)
-        for slot, rows in tree.listed(path, self._listed.get(inode, 0), after):
-            self.prefetcher.listed(self.views.slots[slot], rows)
-        self._listed[inode] = after
-        pages = self._entries(day, tree, path, after)
-        first = next(pages, None)
-        if first is None:
-            if after:  # the end of a listing: most programs read the files next
-                await self.prefetcher.pushed()
-            return pages
-        return chain((first,), pages)
+        return self._entries(day, tree, path, after)
+
+    def told(self, inode: int, after: int, upto: int) -> None:
+        """The kernel is being told of the entries of a directory behind the cookie `after`, up to `upto`: their content
+        can follow."""
+        found = self._directories.get(inode)
+        tree = None if found is None or after >= upto else found[0].tree
+        if found is not None and tree is not None:
+            for slot, rows in tree.listed(found[1], after, upto):
+                self.prefetcher.listed(found[0].name, self.views.slots[slot], rows)
 
     def parent(self, inode: int) -> InodeNumber:
         """The directory that a directory is in; the root is in itself. Raises: NotADirectory, StaleInode."""
@@ -374,8 +373,9 @@ class FileSystem:
 
     def _file_page(self, page: Page) -> EntryPage:
         """The attributes of files as `_file_attributes` has them, computed for all together."""
-        count = len(page.names)
-        inodes, modes, sizes, mtimes_ns = (np.empty(count, np.int64) for _ in range(4))
+        columns = np.empty((len(COLUMNS), len(page.names)), np.int64)
+        cookies, inodes, modes, sizes, mtimes_ns = columns
+        cookies[:] = page.cookies
         for member, rows, places in page.shares:
             loaded = self.views.slots[member.slot].loaded
             inodes[places] = rows.astype(np.int64) + file_inode(member.slot, 0)
@@ -386,9 +386,7 @@ class FileSystem:
             mtimes_ns[places] = np.where(mtime_ns == NO_TIME, loaded.info.mtime_ns, mtime_ns)
         modes &= self._file_mask
         modes |= stat.S_IFREG
-        return EntryPage(
-            page.names, page.cookies, inodes.tolist(), modes.tolist(), sizes.tolist(), mtimes_ns.tolist(), FOREVER_S
-        )
+        return EntryPage(page.names, columns, FOREVER_S)
 
     async def _day(self, name: bytes) -> DayView:
         try:

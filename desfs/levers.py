@@ -13,11 +13,6 @@ import os
 import sys
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from des_format.codec import Buffer
-
 # The kernel's default of 12 is less than one reader's read-ahead in pieces; this is 16 readers with 2 MiB each in
 # pieces of 128 KiB. Who mounts without being root gets what the kernel's max_user_bgreq allows.
 _MAX_BACKGROUND = 256
@@ -53,19 +48,10 @@ class Levers:
             finally:
                 sys.setdlopenflags(flags)
 
-    def store_pages(
-        self, data: Buffer, files: npt.NDArray[np.uint64], pages: bytearray, skip: int, mark: int
-    ) -> tuple[int, int, int, int] | None:
-        """Put files into the kernel's page cache, all in one call that leaves Python to the other threads; None where
-        that is not possible. `files` u64[n, 4]: inode, offset in `data`, length, row. A row whose byte in `pages` has a
-        bit of `skip` is left out; the others get `mark`, and 0 if the kernel refuses them. Not from inside a request.
-
-        How many it took, does not know (ENOENT), refused; and the last errno.
-        """
-        if self._extension is None or not self._extension.state()["bound"]:
-            return None
-        found: tuple[int, int, int, int] = self._extension.store_pages(data, files, pages, skip, mark)
-        return found
+    @property
+    def extension(self) -> Any:
+        """The extension where pyfuse3's calls go through it, None elsewhere; known when a session has been made."""
+        return self._extension if self._extension is not None and self._extension.state()["bound"] else None
 
     def raise_read_ahead(self, device: str) -> None:
         """Let the kernel read ahead as much as fits into one request; where that is not permitted (sysfs belongs to

@@ -10,7 +10,8 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from itertools import chain
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 import structlog
@@ -18,10 +19,10 @@ import structlog
 from des_format.errors import DesFormatError
 from desfs import metrics
 from desfs.errors import DesfsError, NoSuchPath, ReadOnlyMount, errno_of
-from desfs.fs import FOREVER_S, Attributes, FileSystem
+from desfs.fs import FOREVER_S, Attributes, EntryPage, FileSystem
 from desfs.inode import NOTHING, ROOT, InodeNumber
 from desfs.levers import LEVERS
-from desfs.push import ASKED, PUSHED, Batch, Pushed
+from desfs.push import LeverQueue, PageQueue, PlainQueue
 from desfs.settings import MountSettings
 
 log = structlog.get_logger(__name__)
@@ -125,23 +126,32 @@ class Operations(pyfuse3.Operations):
 
     @reply("readdir")
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        listing = self._listing(token)  # before the first await
+        pages: list[EntryPage] = []
         if start_id < _DOTS:
             dots = ((b".", InodeNumber(fh)), (b"..", self._fs.parent(fh)))
-            for cookie, (name, inode) in enumerate(dots[start_id:], start_id + 1):
-                if not pyfuse3.readdir_reply(token, name, self._entry(await self._fs.getattr(inode)), cookie):
-                    return
-        add = pyfuse3.readdir_reply
-        for page in await self._fs.entries(fh, max(start_id - _DOTS, 0)):
-            # One for all: pyfuse3 copies it into the answer (readdir_reply, fuse_add_direntry_plus).
-            entry = self._entry(Attributes(ROOT, 0, 0, 0, page.timeout_s))
-            for name, cookie, inode, mode, size, mtime_ns in zip(*page[:6], strict=True):
-                entry.st_ino = inode
-                entry.st_mode = mode
-                entry.st_size = size
-                entry.st_blocks = -(-size // _BLOCK)
-                entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
-                if not add(token, name, entry, cookie + _DOTS):
-                    return
+            found = [
+                (cookie, name, await self._fs.getattr(inode)) for cookie, (name, inode) in enumerate(dots, 1 - _DOTS)
+            ]
+            pages.append(EntryPage.of(found[start_id:]))
+        after = last = max(start_id - _DOTS, 0)
+        entries = await self._fs.entries(fh, after)
+        with listing:  # no await from here to the reply
+            for page in chain(pages, entries):
+                room_for = listing.add(page)
+                if room_for:
+                    last = max(int(page.columns[0, room_for - 1]), last)
+                if room_for < len(page.names):
+                    break
+            self._fs.told(fh, after, last)
+
+    def _listing(self, token: pyfuse3.ReaddirToken) -> Listing:
+        """Where the entries of the listing go that was asked for just now."""
+        extension = LEVERS.extension
+        asked = None if extension is None else extension.asked_listing()
+        if asked is None:
+            return _EntryList(token, self._entry)
+        return _LeverListing(extension, asked, self._uid, self._gid)
 
     @reply("release")
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
@@ -201,6 +211,65 @@ class Operations(pyfuse3.Operations):
         return entry
 
 
+class Listing(Protocol):
+    """The reply to a listing, filled from its creation to the handler's return, without an await between."""
+
+    def add(self, page: EntryPage) -> int:
+        """Add the entries of a page; how many of them there was room for."""
+        ...
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """After an error nothing of it is sent."""
+        ...
+
+
+class _EntryList:
+    """pyfuse3's own way: entry by entry."""
+
+    def __init__(self, token: pyfuse3.ReaddirToken, entry_of: Callable[[Attributes], pyfuse3.EntryAttributes]) -> None:
+        self._token = token
+        self._entry_of = entry_of
+
+    def add(self, page: EntryPage) -> int:
+        # One for all: pyfuse3 copies it into the answer (readdir_reply, fuse_add_direntry_plus).
+        entry = self._entry_of(Attributes(ROOT, 0, 0, 0, page.timeout_s))
+        for place, (name, row) in enumerate(zip(page.names, page.columns.T.tolist(), strict=True)):
+            cookie, entry.st_ino, entry.st_mode, entry.st_size, mtime_ns = row
+            entry.st_blocks = -(-entry.st_size // _BLOCK)
+            entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
+            if not pyfuse3.readdir_reply(self._token, name, entry, cookie + _DOTS):
+                return place
+        return len(page.names)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None: ...
+
+
+class _LeverListing:
+    """The C extension's: a page in one call. 200 entries take 30 us instead of 400."""
+
+    def __init__(self, extension: Any, asked: tuple[int, int], uid: int, gid: int) -> None:
+        self._extension = extension
+        self._asked = asked
+        self._owner = uid, gid
+
+    def add(self, page: EntryPage) -> int:
+        columns = page.columns.copy()
+        columns[0] += _DOTS
+        added: int = self._extension.add_entries(page.names, columns, *self._owner, _PREFERRED_READ, page.timeout_s)
+        return added
+
+    def __enter__(self) -> None:
+        self._extension.begin_entries(*self._asked)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self._extension.drop_entries()
+
+
 def _read_only(operation: str) -> Callable[..., Coroutine[Any, Any, NoReturn]]:
     @reply(operation)
     async def refuse(self: Operations, *arguments: object, **options: object) -> NoReturn:
@@ -226,6 +295,15 @@ for _operation in (
     setattr(Operations, _operation, _read_only(_operation))
 
 
+def _store(inode: int, payload: Any) -> int:
+    """Put a file into the page cache; the errno, 0 if the kernel took it."""
+    try:
+        pyfuse3.notify_store(pyfuse3.InodeT(inode), 0, payload)  # it takes any buffer
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
 class KernelNotifier:
     """Tells the kernel what to forget. forget_entry goes through pyfuse3's own thread: telling it can block."""
 
@@ -239,28 +317,9 @@ class KernelNotifier:
             if error.errno != errno.ENOENT:  # the kernel does not know it
                 log.warning("the kernel did not take a notification", error=str(error))
 
-    def store_pages(self, batch: Batch) -> Pushed:
-        at_once = LEVERS.store_pages(batch.data, batch.files, batch.pages, PUSHED | ASKED, PUSHED)
-        if at_once is not None:
-            return Pushed(*at_once)
-        stored = unknown = failed = last = 0
-        data = memoryview(batch.data)
-        for inode, offset, length, row in batch.files.tolist():
-            if batch.pages[row] & (PUSHED | ASKED):
-                continue
-            batch.pages[row] |= PUSHED
-            try:
-                payload: Any = data[offset : offset + length]  # it takes any buffer
-                pyfuse3.notify_store(pyfuse3.InodeT(inode), 0, payload)
-                stored += 1
-            except OSError as error:
-                batch.pages[row] = 0
-                last = error.errno or errno.EIO
-                if last == errno.ENOENT:
-                    unknown += 1
-                else:
-                    failed += 1
-        return Pushed(stored, unknown, failed, last)
+    def page_queue(self) -> PageQueue:
+        extension = LEVERS.extension
+        return PlainQueue(_store) if extension is None else LeverQueue(extension)
 
     def forget_attributes(self, inode: InodeNumber) -> None:
         self._forget(inode, attr_only=True)

@@ -5,6 +5,7 @@ The decisions are those of desfs.window and desfs.walk; here they meet the conta
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ import trio
 from des_format.layout import EXTERNAL
 from desfs import metrics
 from desfs.blocks import BLOCK, LARGE_PAYLOAD
-from desfs.fetch import PIECE, Fetcher, OpenContainer, Piece
+from desfs.fetch import PIECE, SMALL, Fetcher, OpenContainer, Piece
 from desfs.large import LargePayloads
 from desfs.push import ASKED, LISTED, PUSHED, Pusher
-from desfs.store.link import Link
+from desfs.store.link import Link, on_its_way
 from desfs.tree import DayTree, Member
 from desfs.walk import Order, entered, following
 from desfs.window import Accounts, Scan, Window, rent_size
@@ -34,8 +35,9 @@ _MOST = 16
 # Whoever lists a directory, then those below it, and reads the first file of all, walks through it: if there is no more
 # time than this between.
 _AT_ONCE_S = 2.0
-_SURE = 2 * PIECE  # bytes that such a reader is given at least
-_PUSH_WAIT_S = 0.0005  # a start of some fifty files: the push is a little faster than any reader
+_SURE = 8 * 1024 * 1024  # bytes that such a reader is given at least
+_LEAST_WINDOW = 4 * 1024 * 1024  # whatever the memory is
+_REACH = 2  # round trips, or pieces, that the rest of a day is fetched ahead
 _EVERYTHING = 1 << 62  # a position behind all days
 _LISTINGS = 1000  # that are remembered
 
@@ -79,6 +81,33 @@ class _Plan:
     markers: set[int] = field(default_factory=set)
 
 
+class _Rest:
+    """What is left of a day that a reader walks through: pieces (container, first block, last block) in the order in
+    which it needs them. They are given out as it comes along."""
+
+    def __init__(self, pieces: Iterable[tuple[OpenContainer, int, int]]) -> None:
+        self._pieces: deque[tuple[int, OpenContainer, int, int]] = deque()
+        self._begins: dict[int, list[tuple[int, int]]] = {}  # by container: (first block, position), ascending
+        at = 0
+        for container, first, last in pieces:
+            self._pieces.append((at, container, first, last))
+            self._begins.setdefault(container.number, []).append((first, at))
+            start, stop = container.blocks.extent(first, last)
+            at += stop - start
+        for begins in self._begins.values():
+            begins.sort()
+
+    def position_of(self, container: OpenContainer, block: int) -> int | None:
+        """Where a block stands in the order, to a piece; None for a container that is not part of it."""
+        begins = self._begins.get(container.number)
+        return None if begins is None else begins[max(bisect_right(begins, (block, _EVERYTHING)) - 1, 0)][1]
+
+    def up_to(self, position: int) -> Iterator[tuple[OpenContainer, int, int]]:
+        """The pieces that begin before a position and have not been given out."""
+        while self._pieces and self._pieces[0][0] < position:
+            yield self._pieces.popleft()[1:]
+
+
 class _Walk:
     """A reader, and what it walks over: runs, one behind the other, as far as they are known."""
 
@@ -87,7 +116,8 @@ class _Walk:
         self.known = 0
         self.scan: Scan
         self.is_ordered = False
-        self.has_all = False
+        self.rest: _Rest | None = None  # once all of the day is to come
+        self.may_have_all = True
         # The run that would come next, by container and directory, in each order that the reader may follow.
         self.steps: dict[tuple[int, bytes], Order] | None = None
         self._places: dict[tuple[int, bytes], int] = {}
@@ -160,7 +190,7 @@ class Prefetcher:
         """`memory` is what the caches may hold, in bytes; a window takes no more than a quarter of it."""
         self.pusher: Pusher | None = None
         self._fetcher = fetcher
-        self._max_window = max(min(max_prefetch, memory // 4), PIECE)
+        self._max_window = max(min(max_prefetch, memory // 4), _LEAST_WINDOW)
         self._affordable = memory * 5 // 8  # the rest is for other readers, and for what is on its way
         self._large = LargePayloads(fetcher, self._max_window)
         self._days: dict[str, _Day] = {}
@@ -203,15 +233,15 @@ class Prefetcher:
             self._has_waited(day, shape, container, trio.current_time() - asked)
         return payload[offset:stop]
 
-    def listed(self, container: OpenContainer, rows: npt.NDArray[np.uint32]) -> None:
-        """The kernel knows the inodes of these rows now, ascending: their payloads can be pushed."""
+    def listed(self, day: str, container: OpenContainer, rows: npt.NDArray[np.uint32]) -> None:
+        """The kernel knows the inodes of these rows, or will at once; ascending. Their payloads can be pushed."""
         if self.pusher is None or not len(rows):
             return
         np.frombuffer(container.pages, np.uint8)[rows] |= LISTED
         plan = self._plans.get(container)
         if plan is not None:
             # Those in blocks; the others have no place among them.
-            rows = rows[[container.blocks.contains(row) for row in rows.tolist()]]
+            rows = container.blocks.contained(rows)
         if plan is None or not len(rows):
             return
         index, blocks = container.loaded.index, container.blocks
@@ -220,15 +250,8 @@ class Prefetcher:
         )
         for piece in self._fetcher.held(container, first, last):
             self._push(container, plan, piece, first, last)
-
-    async def pushed(self) -> None:
-        """Wait a moment for what is being pushed: a reader that overtakes it costs more time than it gains."""
-        if self.pusher is None:
-            return
-        done, token = trio.Event(), trio.lowlevel.current_trio_token()
-        if self.pusher.when_idle(lambda: token.run_sync_soon(done.set)):
-            with trio.move_on_after(_PUSH_WAIT_S):
-                await done.wait()
+        for walk in self._days[day].walks if day in self._days else ():
+            self._come_along(walk, container, last - 1)
 
     def listing(self, day: str, path: bytes) -> None:
         """Somebody begins to list a directory of a day."""
@@ -263,14 +286,28 @@ class Prefetcher:
             return False
         run = walk.run_of(container, folder)
         assert run is not None
+        block = container.blocks.of(offset)
+        self._come_along(walk, container, block)
+        if walk.rest is not None and (cached or self._fetcher.is_under_way((container.number, SMALL, block))):
+            return True
         at = run.start + offset - run.begin
         known = walk.know(max(walk.scan.end, at) + walk.scan.next_size(link))
         window = walk.scan.step(at, at + length, known, cached, link)
-        if window is not None:
-            if walk.is_ordered and not walk.has_all:
-                self._take_all(shape, walk, window)
+        if window is not None and not self._take_all(shape, walk, window):
             self._open(walk, window)
         return True
+
+    def _come_along(self, walk: _Walk, container: OpenContainer, block: int) -> None:
+        """A reader who is given all of a day has come to a block: fetch what lies ahead of it now."""
+        position = None if walk.rest is None else walk.rest.position_of(container, block)
+        if walk.rest is not None and position is not None:
+            for piece in walk.rest.up_to(position + self._reach()):
+                self._fetcher.fetch_ahead(*piece)
+
+    def _reach(self) -> int:
+        """How far ahead of a reader the rest of a day is fetched, in bytes: far enough that it never waits, no farther.
+        What comes earlier than it is needed takes the time of those who read now, and their memory."""
+        return max(_REACH * on_its_way(self._fetcher.threads.meter.link()), _REACH * PIECE)
 
     def _walk_to(
         self, day: _Day, shape: DayShape, container: OpenContainer, folder: bytes, offset: int, cached: bool
@@ -346,7 +383,7 @@ class Prefetcher:
             walked = self._walk_from_above(day, shape, folder)
             if walked is not None:
                 walk.follow(self._coming(day, shape, walk.runs[0], *walked))
-                walk.has_all = bool(walked[1])  # of a part of the day it is never given the whole
+                walk.may_have_all = not walked[1]  # of a part of the day it is never given the whole
         known = walk.know(at + self._max_window) if walk.is_ordered else walk.known
         length = int(index.data_length[row])
         least = 0 if not announced else _SURE if walk.is_ordered else 1
@@ -392,24 +429,28 @@ class Prefetcher:
             first, last = run.stop.container.blocks.between(run.end, run.end + window.stop - walk.known)
             self._fetcher.fetch_ahead(run.stop.container, first, last)
 
-    def _take_all(self, shape: DayShape, walk: _Walk, window: Window) -> None:
-        """Fetch the rest of a day that somebody walks through, if that is not too much: the containers of the window
-        first."""
+    def _take_all(self, shape: DayShape, walk: _Walk, window: Window) -> bool:
+        """Fetch the rest of a day that somebody walks through, as it comes along. False if nobody knows its way, or
+        that is too much."""
+        if not walk.is_ordered or not walk.may_have_all or walk.rest is not None:
+            return False
         left = sum(self._left(stop.container) for stop in shape.route)
         if not 0 < left <= min(self._affordable, _MOST * walk.scan.size):
-            return
-        walk.has_all = True
+            return False
         pieces = {stop.container: self._fetcher.pieces(stop.container) for stop in shape.route}
-        # What the reader needs first comes first.
+        order: dict[tuple[OpenContainer, int, int], None] = {}
         for run, low, high in walk.from_position(window.start):
-            first, last = run.stop.container.blocks.between(low, high)
-            for piece in pieces.get(run.stop.container, ()):
+            container = run.stop.container
+            first, last = container.blocks.between(low, high)
+            for piece in pieces.get(container, ()):
                 if piece[0] < last and first < piece[1]:
-                    self._fetcher.fetch_ahead(run.stop.container, *piece)
+                    order[container, *piece] = None
+        walk.rest = _Rest(order)
         for container in pieces:
-            blocks = len(container.blocks)
-            self._fetcher.fetch_ahead(container, 0, blocks)
-            self._mark_for_push(container, self._plans.setdefault(container, _Plan()), 0, blocks)
+            self._mark_for_push(container, self._plans.setdefault(container, _Plan()), 0, len(container.blocks))
+        for next_piece in walk.rest.up_to(self._reach()):
+            self._fetcher.fetch_ahead(*next_piece)
+        return True
 
     def _has_waited(self, day: _Day, shape: DayShape, container: OpenContainer, waited_s: float) -> None:
         """Rent or buy."""
@@ -454,6 +495,8 @@ class Prefetcher:
                 continue
             rows = container.blocks.rows(low, high)
             rows = rows[(pages[rows] & (LISTED | PUSHED | ASKED)) == LISTED]
-            wanted = [row for row in rows.tolist() if row not in plan.markers and row not in piece.bad]
-            if wanted:
-                self.pusher.push(container, piece, wanted)
+            left_out = plan.markers | piece.bad
+            if left_out:
+                rows = rows[[row not in left_out for row in rows.tolist()]]
+            if len(rows):
+                self.pusher.push(container, piece, rows)

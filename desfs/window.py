@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from desfs.blocks import BLOCK
-from desfs.store.link import Link
+from desfs.store.link import Link, on_its_way
 
 # A read that nothing has announced brings its neighbours as well, as many as take this part of a round trip: whoever
 # waits for it does not notice.
@@ -47,7 +47,7 @@ class Scan:
         directory and reads its first file will read the others too, most often: it gets `least` bytes or more."""
         size = rent_size(link)
         if least:
-            size = min(max(_on_its_way(link), size, least), max(known - at, size), max_window)
+            size = min(max(on_its_way(link), size, least), max(known - at, size), max_window)
         end = max(at + size, stop)
         return cls(at, end, stop, size, max_window), Window(at, end, least > 0, stop)
 
@@ -60,7 +60,7 @@ class Scan:
     def next_size(self, link: Link) -> int:
         """How long the next window will be. Windows double. From the second on they have what is on its way at a time
         (latency times bandwidth): less would leave the reader waiting, however steadily it walks."""
-        return min(max(2 * self.size, _on_its_way(link)), self.max_window)
+        return min(max(2 * self.size, on_its_way(link)), self.max_window)
 
     def step(self, at: int, stop: int, known: int, cached: bool, link: Link) -> Window | None:
         """The reader is at [at, stop): the next window. It ends at `known` at the latest: nobody knows where the reader
@@ -73,10 +73,6 @@ class Scan:
         # A reader that waits for the first file of its window meets the marker with the second one.
         self.start, self.end, self.size, self.marker = start, end, size, start if cached else stop
         return Window(start, end, True, self.marker)
-
-
-def _on_its_way(link: Link) -> int:
-    return int(link.latency_s * link.bandwidth)
 
 
 def rent_size(link: Link) -> int:

@@ -37,6 +37,11 @@ class Link(NamedTuple):
         return self.latency_s + size / self.bandwidth
 
 
+def on_its_way(link: Link) -> int:
+    """Bytes that come in a round trip's time."""
+    return int(link.latency_s * link.bandwidth)
+
+
 class LinkMeter:
     """Measures GETs. Any thread. Only what came while at least one request ran counts as time."""
 

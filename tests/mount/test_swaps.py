@@ -47,7 +47,8 @@ LIMIT_S = 6.0  # for all steps: a busy machine makes fewer of them
 _AT_ONCE = 100_000  # bytes of a read: an odd number of pages
 REASONS = re.compile(
     r"Stale file handle|No such file or directory|[Ff]ile removed before we read it|changed as we read it|"
-    r"File shrank by \d+ bytes; padding with zeros|Exiting with failure status due to previous errors"
+    r"File shrank by \d+ bytes; padding with zeros|Exiting with failure status due to previous errors|"
+    r"it was replaced while being copied"
 )
 
 

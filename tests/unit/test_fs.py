@@ -30,7 +30,7 @@ from desfs.errors import (
 )
 from desfs.fs import FOREVER_S, Attributes, FileSystem
 from desfs.inode import CONTROL_DIRECTORY, ROOT, InodeNumber, directory_inode, split_file_inode
-from desfs.push import Batch, Pushed
+from desfs.push import PageQueue, PlainQueue
 from desfs.settings import MountSettings
 from desfs.store.file import FileStore
 from tests.mount.stores import WatchedStore, meta_of, put_container, put_layout, put_sharded
@@ -61,8 +61,11 @@ class Kernel:
     def forget_pages(self, inode: InodeNumber) -> None:
         raise AssertionError(inode)
 
-    def store_pages(self, batch: Batch) -> Pushed:
-        raise AssertionError(batch)
+    def page_queue(self) -> PageQueue:
+        def refuse(inode: int, payload: memoryview) -> int:
+            raise AssertionError(inode)
+
+        return PlainQueue(refuse)
 
 
 class Entry(NamedTuple):
@@ -79,7 +82,7 @@ async def entries(fs: FileSystem, inode: int, after: int = 0) -> Iterator[Entry]
     return (
         Entry(name, cookie, Attributes(InodeNumber(inode), mode, size, mtime_ns, page.timeout_s))
         for page in pages
-        for name, cookie, inode, mode, size, mtime_ns in zip(*page[:6], strict=True)
+        for name, (cookie, inode, mode, size, mtime_ns) in zip(page.names, page.columns.T.tolist(), strict=True)
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from desfs import metrics
 from desfs.blocks import BLOCK
 from desfs.fetch import OpenContainer, Piece
 from desfs.prefetch import DayShape
-from desfs.push import ASKED, LISTED, PUSHED, Pushed, Pusher
+from desfs.push import ASKED, LISTED, PUSHED, PlainQueue, Pusher
 from desfs.store.link import Link, LinkMeter
 from desfs.walk import Order, following
 from tests.mount.stores import put_container
@@ -45,13 +46,13 @@ class Kernel(Pusher):
     """Takes at once what is pushed, and knows what it got."""
 
     def __init__(self) -> None:
-        super().__init__(lambda batch: Pushed(0, 0, 0, 0), 1 << 30)
+        super().__init__(PlainQueue(lambda inode, payload: 0), 1 << 30)
         self.pages: dict[tuple[int, int], bytes] = {}
         self.twice: list[tuple[int, int]] = []
 
-    def push(self, container: OpenContainer, piece: Piece, rows: list[int]) -> None:
+    def push(self, container: OpenContainer, piece: Piece, rows: npt.NDArray[np.uint32]) -> None:
         index = container.loaded.index
-        for row in rows:
+        for row in rows.tolist():
             offset = int(index.data_offset[row]) - piece.start
             if (container.number, row) in self.pages:
                 self.twice.append((container.number, row))
@@ -72,7 +73,7 @@ def with_kernel(world: World, link: Link = FAR) -> Kernel:
 
 def list_all(world: World) -> None:
     for container in world.containers:
-        world.prefetcher.listed(container, np.arange(container.loaded.index.rows, dtype=np.uint32))
+        world.prefetcher.listed(DAY, container, np.arange(container.loaded.index.rows, dtype=np.uint32))
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def test_nothing_is_pushed_that_the_kernel_was_not_told_of_or_has_asked_for(worl
     half = world.row("f200")
 
     async def main() -> None:
-        world.prefetcher.listed(world.container, np.arange(half, dtype=np.uint32))
+        world.prefetcher.listed(DAY, world.container, np.arange(half, dtype=np.uint32))
         world.container.pages[world.row("f050")] |= ASKED
         await world.read("f000")
         await world.idle()
@@ -195,7 +196,7 @@ def test_nothing_is_pushed_that_the_kernel_was_not_told_of_or_has_asked_for(worl
                 await world.idle()
         assert kernel.names(world.container) <= {name for name in FILES if name < "f200"} - {"f000", "f050"}
         assert len(kernel.pages) > 150
-        world.prefetcher.listed(world.container, np.arange(half, len(FILES), dtype=np.uint32))
+        world.prefetcher.listed(DAY, world.container, np.arange(half, len(FILES), dtype=np.uint32))
         assert max(kernel.names(world.container)) > "f200"  # what had come before it was listed
 
     world.run(main)

@@ -10,10 +10,10 @@ from random import Random
 import numpy as np
 import pytest
 
-from desfs import metrics, push
+from desfs import metrics
 from desfs.fetch import SMALL, Piece
 from desfs.inode import split_file_inode
-from desfs.push import ASKED, LISTED, PUSHED, Batch, Pushed, Pusher
+from desfs.push import ASKED, LISTED, PUSHED, PlainQueue, Pusher
 from tests.mount.stores import put_container
 from tests.unit.opened import KEY, World
 
@@ -21,12 +21,12 @@ FILES = {f"{n:04d}": Random(n).randbytes(n % 50 + 1) for n in range(1000)}
 
 
 class Kernel:
-    """A page cache, as the contract of Batch has it. `hold` makes it wait for a page that a read has locked."""
+    """A page cache. `hold` makes it wait for a page that a read has locked; what is in `fail` is raised."""
 
     def __init__(self) -> None:
         self.pages: dict[int, bytes] = {}
         self.calls = 0
-        self.unknown: set[int] = set()  # rows whose inode it does not know
+        self.unknown: dict[int, int] = {}  # rows whose inode it does not know, and for how many calls yet
         self.refuse = 0
         self.fail: list[Exception] = []
         self.go = threading.Event()
@@ -36,24 +36,20 @@ class Kernel:
     def hold(self) -> None:
         self.go.clear()
 
-    def store(self, batch: Batch) -> Pushed:
+    def store(self, inode: int, payload: memoryview) -> int:
         self.calls += 1
         self.entered.set()
         assert self.go.wait(20)
         if self.fail:
             raise self.fail.pop()
-        stored = unknown = failed = 0
-        for inode, offset, length, row in batch.files.tolist():
-            if batch.pages[row] & (PUSHED | ASKED):
-                continue
-            batch.pages[row] |= PUSHED
-            if self.refuse or row in self.unknown:
-                batch.pages[row] = 0
-                failed, unknown = failed + bool(self.refuse), unknown + (not self.refuse)
-                continue
-            self.pages[inode] = bytes(memoryview(batch.data)[offset : offset + length])
-            stored += 1
-        return Pushed(stored, unknown, failed, self.refuse or errno.ENOENT)
+        row = split_file_inode(inode)[1]
+        if self.unknown.get(row, 0):
+            self.unknown[row] -= 1
+            return errno.ENOENT
+        if self.refuse:
+            return self.refuse
+        self.pages[inode] = bytes(payload)
+        return 0
 
 
 class Pushing:
@@ -69,12 +65,13 @@ class Pushing:
         data = (root / KEY).read_bytes()[start:stop]
         self.piece = Piece(self.container.number, SMALL, 0, len(blocks), start, data)
         self.kernel = Kernel()
-        self.pusher = Pusher(self.kernel.store, int(pieces * len(data)))
+        self.pusher = Pusher(PlainQueue(self.kernel.store), int(pieces * len(data)))
         self.rows = list(range(len(FILES)))
         self.container.pages[:] = bytes([LISTED]) * len(FILES)
 
     def push(self, rows: list[int] | None = None) -> None:
-        self.pusher.push(self.container, self.piece, self.rows if rows is None else rows)
+        wanted = np.array(self.rows if rows is None else rows, np.uint32)
+        self.pusher.push(self.container, self.piece, wanted)
 
 
 @pytest.fixture
@@ -86,11 +83,10 @@ def counted(result: str) -> float:
     return metrics.snapshot().get(f"desfs_pages_pushed_total.{result}", 0.0)
 
 
-def finish(pushing: Pushing, calls: int) -> None:
-    """Let the thread make so many calls, and end it."""
-    while pushing.kernel.calls < calls:
-        pushing.kernel.entered.wait(20)
-        pushing.kernel.entered.clear()
+def finish(pushing: Pushing) -> None:
+    """Let the thread take what is queued, and end it."""
+    while pushing.pusher.queued:
+        pushing.kernel.entered.wait(0.01)
     pushing.pusher.stop()
 
 
@@ -98,7 +94,7 @@ def test_every_file_gets_its_own_bytes(pushing: Pushing) -> None:
     before = counted("stored")
     pushing.pusher.start()
     pushing.push()
-    finish(pushing, -(-len(FILES) // push._BATCH))
+    finish(pushing)
     index = pushing.container.loaded.index
     names = {inode: index.name(split_file_inode(inode)[1]).decode() for inode in pushing.kernel.pages}
     assert {names[inode]: data for inode, data in pushing.kernel.pages.items()} == FILES
@@ -112,7 +108,7 @@ def test_what_was_asked_for_meanwhile_is_left_out(pushing: Pushing) -> None:
     for row in (3, 500):
         pushing.container.pages[row] |= ASKED
     pushing.pusher.start()
-    finish(pushing, -(-len(FILES) // push._BATCH))
+    finish(pushing)
     rows = {split_file_inode(inode)[1] for inode in pushing.kernel.pages}
     assert rows == set(range(len(FILES))) - {3, 500}
 
@@ -120,13 +116,24 @@ def test_what_was_asked_for_meanwhile_is_left_out(pushing: Pushing) -> None:
 def test_an_inode_that_the_kernel_does_not_know_is_to_be_listed_again(pushing: Pushing) -> None:
     """ENOENT is normal: nothing is known of the row then."""
     before = counted("unknown")
-    pushing.kernel.unknown = {7}
+    pushing.kernel.unknown = {7: 1 << 30}
     pushing.pusher.start()
     pushing.push()
-    finish(pushing, -(-len(FILES) // push._BATCH))
+    finish(pushing)
     assert pushing.container.pages[7] == 0
     assert pushing.container.pages[8] == LISTED | PUSHED
     assert counted("unknown") - before == 1
+
+
+def test_an_inode_that_the_kernel_comes_to_know_is_waited_for(pushing: Pushing) -> None:
+    """A listing is sent a moment before the kernel has made its inodes of it."""
+    before = counted("unknown")
+    pushing.kernel.unknown = {0: 5, 500: 2}
+    pushing.pusher.start()
+    pushing.push()
+    finish(pushing)
+    assert set(pushing.container.pages) == {LISTED | PUSHED}
+    assert counted("unknown") == before
 
 
 def test_refused_pages_are_counted_and_logged(pushing: Pushing, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +141,7 @@ def test_refused_pages_are_counted_and_logged(pushing: Pushing, capsys: pytest.C
     pushing.kernel.refuse = errno.ENOMEM
     pushing.pusher.start()
     pushing.push([1, 2])
-    finish(pushing, 1)
+    finish(pushing)
     assert counted("failed") - before == 2
     assert "Cannot allocate memory" in capsys.readouterr().out
 
@@ -144,7 +151,7 @@ def test_an_error_in_the_thread_does_not_end_it(pushing: Pushing, capsys: pytest
     pushing.pusher.start()
     pushing.push([1])
     pushing.push([2])
-    finish(pushing, 2)
+    finish(pushing)
     assert [split_file_inode(inode)[1] for inode in pushing.kernel.pages] == [2]
     assert "unexpected error in a push" in capsys.readouterr().out
 
@@ -157,7 +164,7 @@ def test_the_queue_is_bounded_and_what_does_not_fit_is_dropped(tmp_path: Path) -
         pushing.push([row])
     assert counted("dropped") - before == 3
     pushing.pusher.start()
-    finish(pushing, 2)
+    finish(pushing)
     assert sorted(split_file_inode(inode)[1] for inode in pushing.kernel.pages) == [0, 1]
 
 
@@ -167,15 +174,14 @@ def test_room_in_the_queue_comes_back(tmp_path: Path) -> None:
     before = counted("dropped")
     for row in range(20):
         pushing.push([row])
-        while pushing.kernel.calls <= row:
-            pushing.kernel.entered.wait(20)
-            pushing.kernel.entered.clear()
+        while pushing.pusher.queued:
+            pushing.kernel.entered.wait(0.01)
     pushing.pusher.stop()
     assert counted("dropped") == before
     assert len(pushing.kernel.pages) == 20
 
 
-def test_it_stops_behind_the_batch_at_hand(pushing: Pushing) -> None:
+def test_it_stops_behind_the_file_at_hand(pushing: Pushing) -> None:
     """What waits is dropped, and nothing is taken any more."""
     pushing.kernel.hold()
     pushing.pusher.start()
@@ -209,5 +215,5 @@ def test_offsets_beyond_4_gib_are_right(pushing: Pushing) -> None:
     pushing.piece.start += far
     pushing.pusher.start()
     pushing.push([999])
-    finish(pushing, 1)
+    finish(pushing)
     assert list(pushing.kernel.pages.values()) == [FILES["0999"]]
