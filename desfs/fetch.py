@@ -36,6 +36,7 @@ T = TypeVar("T")
 # A GET of 8 MiB takes some milliseconds more than its round trip: short enough to wait for, long enough that a thousand
 # small files cost a few of them. With 4 MiB the server and the client were 5 % busier with a scan (measured).
 PIECE = 8 * 1024 * 1024
+UNIT = 4 * 1024 * 1024  # of large payloads: the longest that is fetched with any memory
 STORE_THREADS = 32
 # Pieces fetched ahead at a time; those that somebody waits for come on top.
 AHEAD = 16
@@ -263,9 +264,9 @@ class Fetcher:
         self._memory = cache_bytes
         # A piece has to leave room for others.
         self._piece_bytes = min(PIECE, max(cache_bytes // 8, BLOCK))
-        # Never less than two pieces: what a reader is given ahead must not take from it what it is reading.
-        self._least_cache = min(cache_bytes, max(cache_bytes // 4, 2 * self._piece_bytes))
-        self._room_ahead = max(cache_bytes * 3 // 8, _COPIES * self._piece_bytes)
+        # Never less than two of the longest: what a reader is given ahead must not take from it what it is reading.
+        self._least_cache = min(cache_bytes, max(cache_bytes // 4, 2 * UNIT))
+        self._room_ahead = max(cache_bytes * 3 // 8, _COPIES * UNIT)
         self._max_gap = max_gap
         self.threads = threads
         self.problems = problems

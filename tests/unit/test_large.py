@@ -16,7 +16,7 @@ from des_format.layout import HEADER
 from desfs.blocks import LARGE_PAYLOAD
 from desfs.disk_cache import DiskCache
 from desfs.errors import NoSuchObject, ObjectReplaced
-from desfs.large import UNIT
+from desfs.fetch import UNIT
 from tests.mount.stores import meta_of, put_container
 from tests.unit.containers import Item, build
 from tests.unit.opened import DAY, KEY, Gate, World, until
@@ -574,7 +574,8 @@ def test_a_reader_who_walks_forward_is_given_twice_as_much_with_each_unit_up_to_
             await world.read(NAME, at, UNIT)
             most = max(most, asked() - at - UNIT)
         assert most <= max(min(max_prefetch, 16 * MIB), UNIT)  # a quarter of the memory
-        assert world.gets() == LONG // UNIT
+        assert sum(stop - start for _, start, stop in world.store.ranges) == LONG  # each byte once
+        assert world.gets() <= LONG // UNIT
 
     world.run(main)
     assert most > 0
@@ -588,5 +589,28 @@ def test_a_reader_who_jumps_is_given_what_he_asks_for(tmp_path: Path) -> None:
         for number in places:
             await world.read(NAME, number * UNIT + 5, 100)
         assert sorted(start // UNIT for _, start, _ in world.store.ranges) == sorted(places)
+
+    world.run(main)
+
+
+def test_of_units_that_come_together_the_damaged_one_alone_is_an_error(tmp_path: Path) -> None:
+    """docs/semantics.md: external files with checksums of blocks are verified block by block, also where several blocks
+    are fetched at a time."""
+    data = Random(5).randbytes(12 * UNIT)
+    world = external_world(tmp_path, data, "blocks", memory=256 * MIB)
+    damaged = 6
+    flip(world, data, damaged * UNIT + 77, times=1 << 30)
+
+    async def main() -> None:
+        failed = []
+        for number in range(12):
+            try:
+                assert await world.read(NAME, number * UNIT, UNIT) == data[number * UNIT : (number + 1) * UNIT]
+            except CorruptEntry:
+                failed.append(number)
+        assert failed == [damaged]
+        together = [(start, stop) for _, start, stop in world.store.ranges if start <= damaged * UNIT < stop - UNIT]
+        assert together, "the damaged unit was never fetched with others"
+        assert len(world.problems.lines()) == 1
 
     world.run(main)
