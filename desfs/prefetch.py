@@ -15,11 +15,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import trio
 
 from des_format.layout import EXTERNAL
 from desfs import metrics
 from desfs.blocks import BLOCK, LARGE_PAYLOAD
+from desfs.errors import DeadlineExceeded
 from desfs.fetch import PIECE, SMALL, Fetcher, OpenContainer, Piece
 from desfs.large import LargePayloads
 from desfs.push import ASKED, LISTED, PUSHED, Pusher
@@ -27,6 +29,8 @@ from desfs.store.link import Link, on_its_way
 from desfs.tree import DayTree, Member
 from desfs.walk import Order, entered, following
 from desfs.window import Accounts, Scan, Window, rent_size
+
+log = structlog.get_logger(__name__)
 
 _WALKS = 32  # readers of a day that are followed at a time; the one that was quiet longest is forgotten
 # Whoever walks through a day that so many windows would bring is brought all of it: in whole pieces of the containers,
@@ -230,7 +234,9 @@ class Prefetcher:
         asked = trio.current_time()
         payload = await self._fetcher.payload(container, row)
         if not walks:
-            self._has_waited(day, shape, container, trio.current_time() - asked)
+            # After the answer: a purchase takes a moment to begin.
+            waited_s = trio.current_time() - asked
+            trio.lowlevel.current_trio_token().run_sync_soon(self._has_waited, day, shape, container, waited_s)
         return payload[offset:stop]
 
     def listed(self, day: str, container: OpenContainer, rows: npt.NDArray[np.uint32]) -> None:
@@ -389,6 +395,9 @@ class Prefetcher:
         least = 0 if not announced else _SURE if walk.is_ordered else 1
         walk.scan, window = Scan.begin(at, at + length, known, least, link, self._max_window)
         day.walks.append(walk)
+        # What somebody waits for comes in a request of its own: in a round trip, whatever else is wanted.
+        offset = begin + at
+        self._fetcher.fetch_ahead(container, *container.blocks.between(offset, offset + max(length, rent_size(link))))
         self._open(walk, window)
 
     def _walk_from_above(self, day: _Day, shape: DayShape, folder: bytes) -> tuple[Order, bytes] | None:
@@ -453,7 +462,15 @@ class Prefetcher:
         return True
 
     def _has_waited(self, day: _Day, shape: DayShape, container: OpenContainer, waited_s: float) -> None:
-        """Rent or buy."""
+        """Rent or buy. Called by the event loop itself, so nothing may get out of it."""
+        try:
+            self._buy(day, shape, container, waited_s)
+        except DeadlineExceeded:
+            log.debug("nothing is bought: the mount is ending")
+        except Exception:
+            log.exception("unexpected error in a purchase")
+
+    def _buy(self, day: _Day, shape: DayShape, container: OpenContainer, waited_s: float) -> None:
         stops = shape.route if container.slot in day.stops(shape.route) else ()
         lefts = {stop.container.number: self._left(stop.container) for stop in stops}
         lefts.setdefault(container.number, self._left(container))

@@ -16,6 +16,7 @@ from desfs.store.link import Link, on_its_way
 # waits for it does not notice.
 _RENT_FRACTION = 0.05
 _MAX_RENT = 1024 * 1024
+_FIRST = 8 * 1024 * 1024  # that a first read brings at most: nothing but its place says that others will follow
 # A reader may leave out some files: it still walks forward when it goes on this near.
 _STEP = 2 * BLOCK
 
@@ -47,7 +48,7 @@ class Scan:
         directory and reads its first file will read the others too, most often: it gets `least` bytes or more."""
         size = rent_size(link)
         if least:
-            size = min(max(on_its_way(link), size, least), max(known - at, size), max_window)
+            size = min(max(min(on_its_way(link), _FIRST), size, least), max(known - at, size), max_window)
         end = max(at + size, stop)
         return cls(at, end, stop, size, max_window), Window(at, end, least > 0, stop)
 
@@ -100,17 +101,22 @@ class Accounts:
         """A reader has waited for a file of a container: which containers to fetch the rest of. `lefts` are the bytes
         that are left of each container of the day, to be fetched in pieces; no more than `affordable` of them are
         bought at once."""
-        waited = self._waited_s.pop(container, 0.0) + waited_s
-        left = lefts.get(container, 0)
-        cost = buy_cost_s(left, -(-left // piece), link)
-        if left > affordable or waited < cost:
-            self._waited_s[container] = waited
-            return []
-        self._saved_s += waited - cost
-        bought, room = [container] if left else [], affordable - left
+        self._waited_s[container] = self._waited_s.get(container, 0.0) + waited_s
+        bought, room = [], affordable
+        # This one first; others have reached their price when the link turns out to be faster than it was thought.
+        for each in sorted(self._waited_s, key=lambda number: number != container):
+            left = lefts.get(each, 0)
+            cost = buy_cost_s(left, -(-left // piece), link)
+            if left <= room and self._waited_s[each] >= cost:
+                self._saved_s += self._waited_s.pop(each) - cost
+                if left:
+                    bought.append(each)
+                    room -= left
+        if container in self._waited_s:
+            return bought
         for other, left in lefts.items():
             cost = buy_cost_s(left, -(-left // piece), link)
-            if other != container and 0 < left <= room and cost <= self._saved_s:
+            if other not in bought and 0 < left <= room and cost <= self._saved_s:
                 self._saved_s -= cost
                 room -= left
                 bought.append(other)

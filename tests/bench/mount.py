@@ -1,7 +1,8 @@
 """The mount against the floor, the local disk and the other programs: the same files, the same S3 server 20 ms away.
 
     python -m tests.bench mount --quick                      desfs, floor and local disk: some five minutes
-    python -m tests.bench mount --quick --sessions tar,cp    of ready ls tar cp random all pack external large million
+    python -m tests.bench mount --quick --sessions tar,cp    of ready ls cat tar cp random all pack external large
+                                                             million
     python -m tests.bench mount --systems desfs,s3fs         of desfs, desfs levers=off, desfs cache_dir, the peers
     python -m tests.bench mount --output DIR                 everything; DIR gets table.md, plot.svg and results.json
 
@@ -40,7 +41,7 @@ FILES = 10_000
 ROUND_TRIPS = 4
 CAP_S = 300.0
 OPEN_DAY = "desfs open day"
-SMALL_SESSIONS = ("ready", "ls", "tar", "cp", "random", "all")
+SMALL_SESSIONS = ("ready", "ls", "cat", "tar", "cp", "random", "all")
 LARGE_SESSIONS = ("external", "large", "million")
 PLOTTED = (
     *(names.LS_COLD, names.TAR_COLD, names.CP_COLD, names.TAR_WARM, names.CP_WARM),
