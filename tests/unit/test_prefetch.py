@@ -18,7 +18,7 @@ from des_format import CorruptEntry
 from des_format.layout import HEADER
 from desfs import metrics
 from desfs.blocks import BLOCK
-from desfs.fetch import OpenContainer, Piece
+from desfs.fetch import PIECE, OpenContainer, Piece
 from desfs.prefetch import DayShape
 from desfs.push import ASKED, LISTED, PUSHED, PlainQueue, Pusher
 from desfs.store.link import Link, LinkMeter
@@ -425,3 +425,38 @@ def test_a_walk_through_a_day_sees_every_byte_and_fetches_none_twice(
     )
     assert kernel.twice == []
     assert listed or not kernel.pages
+
+
+def test_the_rest_of_a_day_is_fetched_as_its_reader_comes_along(tmp_path: Path) -> None:
+    """docs/architecture.md: the rest of a day comes two round trips, or pieces, ahead of its reader; each byte once."""
+    count, size = 8, 64 * 1024
+    keys = tuple(f"{DAY}/{number:x}.des" for number in range(count))
+    shares = [
+        {f"d{number}/{n:03d}": Random(number * 1000 + n).randbytes(size) for n in range(100)} for number in range(count)
+    ]
+    for key, share in zip(keys, shares, strict=True):
+        put_container(tmp_path / key, share)
+    world = World(tmp_path, memory=256 << 20, keys=keys)
+    kernel = with_kernel(world, Link(0.02, 1e6))
+    ahead: list[int] = []
+
+    async def main() -> None:
+        world.prefetcher.listing(DAY, b"")
+        read = 0
+        for container, share in zip(world.containers, shares, strict=True):
+            folder = next(iter(share)).rpartition("/")[0]
+            world.prefetcher.listing(DAY, folder.encode())
+            world.prefetcher.listed(DAY, container, np.arange(len(share), dtype=np.uint32))
+            for name, data in share.items():
+                row = world.row(name, container)
+                if (container.number, row) not in kernel.pages:
+                    assert await world.read(name, container=container) == data
+                    await world.idle()
+            await world.idle()
+            read += len(share) * size
+            ahead.append(sum(stop - start for _, start, stop in world.store.ranges) - read)
+
+    world.run(main)
+    assert max(ahead) <= 3 * PIECE  # two of the reach, and one that begins within it
+    assert min(ahead[2:-4]) >= PIECE
+    assert ahead[-1] == 0
