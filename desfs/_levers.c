@@ -207,7 +207,7 @@ static PyObject *add_entries(PyObject *self, PyObject *args)
             struct fuse_entry_param entry = {.ino = inode, .attr_timeout = timeout, .entry_timeout = timeout};
             entry.attr = (struct stat){.st_ino = inode, .st_mode = column[2 * n + i], .st_nlink = 1, .st_uid = uid,
                                        .st_gid = gid, .st_size = size, .st_blksize = block,
-                                       .st_blocks = (size + 511) / 512, .st_atim = at, .st_mtim = at, .st_ctim = at};
+                                       .st_blocks = size / 512 + (size % 512 != 0), .st_atim = at, .st_mtim = at, .st_ctim = at};
             const char *name = PyBytes_AsString(PyList_GET_ITEM(names, i));
             if (!name)
                 break;
@@ -266,6 +266,10 @@ static PyObject *queue_pages(PyObject *self, PyObject *args)
         PyErr_SetString(PyExc_ValueError, session ? "a file is not inside the buffers" : "there is no session");
         return NULL;
     }
+    if (stopping) {
+        release(push);
+        Py_RETURN_NONE;
+    }
     pthread_mutex_lock(&lock);
     *end_of_waiting = push;
     end_of_waiting = &push->next;
@@ -304,13 +308,13 @@ static void store(const struct push *push, unsigned skip, unsigned mark, long pa
 }
 
 /* (skip, mark, patience_us, most): wait for what is queued, and store it, until nothing is left or `most` bytes of data have
- * been stored from: they are held until then. (stored, unknown, refused, the last errno, those bytes); None when stopped. */
+ * been stored from: they are held until then. (stored, unknown, refused, the last errno, how many were queued); None when stopped. */
 static PyObject *serve_pages(PyObject *self, PyObject *args)
 {
     unsigned skip, mark, counts[4] = {0, 0, 0, 0};
     long patience_us;
     struct push *done = NULL;
-    Py_ssize_t size = 0, most;
+    Py_ssize_t size = 0, batches = 0, most;
     if (!PyArg_ParseTuple(args, "IIln", &skip, &mark, &patience_us, &most))
         return NULL;
     Py_BEGIN_ALLOW_THREADS;
@@ -327,6 +331,7 @@ static PyObject *serve_pages(PyObject *self, PyObject *args)
         pthread_mutex_unlock(&lock);
         store(push, skip, mark, patience_us, counts);
         size += push->data.len;
+        batches++;
         push->next = done;
         done = push;
         pthread_mutex_lock(&lock);
@@ -337,9 +342,10 @@ static PyObject *serve_pages(PyObject *self, PyObject *args)
     if (stopping) {
         release(waiting);
         waiting = NULL;
+        end_of_waiting = &waiting;
         Py_RETURN_NONE;
     }
-    return Py_BuildValue("IIIIn", counts[0], counts[1], counts[2], counts[3], size);
+    return Py_BuildValue("IIIIn", counts[0], counts[1], counts[2], counts[3], batches);
 }
 
 static PyObject *stop_pages(PyObject *self, PyObject *args)

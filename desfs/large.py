@@ -11,7 +11,7 @@ version alone that the container has pinned.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +34,7 @@ _GET = 3 * UNIT  # bytes fetched ahead in one request: with 4 MiB the server was
 _REACH = 2  # round trips that a reader who goes on is given ahead: what is on its way, and what has come
 _PASS = 8 * UNIT  # bytes fetched at a time by a pass over a payload
 _VERIFIED = -1  # in the place of a unit: nothing, but that the payload has been verified
+_ALONE = 1024  # units that are not fetched ahead
 _READERS = 64  # payloads whose readers are followed; the one that was quiet longest is forgotten
 
 
@@ -59,6 +60,8 @@ class LargePayloads:
         self._problems = fetcher.problems
         self._max_ahead = max_ahead
         self._walks: OrderedDict[tuple[int, int], _Walk] = OrderedDict()
+        # Units that came with a damaged one, or are: nobody gets them ahead any more.
+        self._alone: OrderedDict[tuple[int, int, int], None] = OrderedDict()
         self._pinning: dict[tuple[int, int], trio.Lock] = {}
 
     async def read(self, container: OpenContainer, row: int, offset: int, stop: int) -> bytes | memoryview:
@@ -146,9 +149,15 @@ class LargePayloads:
                 self._start(container, row, number, after)
             number = max(after, number + 1)
 
+    def _leave_alone(self, places: Iterable[tuple[int, int, int]]) -> None:
+        for place in places:
+            self._alone[place] = None
+        while len(self._alone) > _ALONE:
+            self._alone.popitem(last=False)
+
     def _is_missing(self, container: OpenContainer, row: int, number: int) -> bool:
         place = (container.number, row, number)
-        return place not in self._fetcher.cache and not self._fetcher.is_under_way(place)
+        return place not in self._fetcher.cache and not self._fetcher.is_under_way(place) and place not in self._alone
 
     def _start(self, container: OpenContainer, row: int, number: int, after: int | None = None) -> Flight:
         """Fetch a unit, or those up to `after`, in one GET."""
@@ -164,6 +173,7 @@ class LargePayloads:
                     await trio.to_thread.run_sync(_check_all, container, row, number, unit, data)
                     break
                 except CorruptEntry as error:
+                    self._leave_alone((container.number, row, each) for each in range(number, after))
                     if after > number + 1:
                         raise _NotAllSound(str(error)) from error
                     metrics.CHECKSUM_FAILURES.inc()

@@ -106,6 +106,11 @@ class _Rest:
         begins = self._begins.get(container.number)
         return None if begins is None else begins[max(bisect_right(begins, (block, _EVERYTHING)) - 1, 0)][1]
 
+    def has_given(self, container: OpenContainer, block: int) -> bool:
+        """Whether a block is in a piece that has been given out."""
+        position = self.position_of(container, block)
+        return position is not None and (not self._pieces or position < self._pieces[0][0])
+
     def up_to(self, position: int) -> Iterator[tuple[OpenContainer, int, int]]:
         """The pieces that begin before a position and have not been given out."""
         while self._pieces and self._pieces[0][0] < position:
@@ -278,6 +283,12 @@ class Prefetcher:
         """Begin to fetch what the read announces; whether its reader walks on from what it was given before."""
         index = container.loaded.index
         link = self._fetcher.threads.meter.link()
+        block = container.blocks.of(int(index.data_offset[row]))
+        is_coming = cached or self._fetcher.is_under_way((container.number, SMALL, block))
+        for walk in day.walks:
+            self._come_along(walk, container, block)
+            if is_coming and walk.rest is not None and walk.rest.has_given(container, block):
+                return True
         stop = day.stops(shape.route).get(container.slot)
         offset, length = int(index.data_offset[row]), int(index.data_length[row])
         if stop is None:  # it has left its day, and is read by those who had its files open
@@ -285,17 +296,14 @@ class Prefetcher:
                 self._fetcher.fetch_ahead(container, *container.blocks.between(offset, offset + rent_size(link)))
             return False
         folder = index.name(row).rpartition(b"/")[0]
-        walk = self._walk_to(day, shape, container, folder, offset, cached)
-        if walk is None:
+        found = self._walk_to(day, shape, container, folder, offset, cached)
+        if found is None:
             if not cached:
                 self._appear(day, shape, stop, folder, row, link)
             return False
+        walk = found
         run = walk.run_of(container, folder)
         assert run is not None
-        block = container.blocks.of(offset)
-        self._come_along(walk, container, block)
-        if walk.rest is not None and (cached or self._fetcher.is_under_way((container.number, SMALL, block))):
-            return True
         at = run.start + offset - run.begin
         known = walk.know(max(walk.scan.end, at) + walk.scan.next_size(link))
         window = walk.scan.step(at, at + length, known, cached, link)
@@ -307,8 +315,7 @@ class Prefetcher:
         """A reader who is given all of a day has come to a block: fetch what lies ahead of it now."""
         position = None if walk.rest is None else walk.rest.position_of(container, block)
         if walk.rest is not None and position is not None:
-            for piece in walk.rest.up_to(position + self._reach()):
-                self._fetcher.fetch_ahead(*piece)
+            self._give(walk.rest, position + self._reach())
 
     def _reach(self) -> int:
         """How far ahead of a reader the rest of a day is fetched, in bytes: far enough that it never waits, no farther.
@@ -457,9 +464,16 @@ class Prefetcher:
         walk.rest = _Rest(order)
         for container in pieces:
             self._mark_for_push(container, self._plans.setdefault(container, _Plan()), 0, len(container.blocks))
-        for next_piece in walk.rest.up_to(self._reach()):
-            self._fetcher.fetch_ahead(*next_piece)
+        self._give(walk.rest, self._reach())
         return True
+
+    def _give(self, rest: _Rest, position: int) -> None:
+        """Fetch the pieces of a rest that begin before a position. One file of each is held back: the read for it,
+        answered from memory, tells how far its reader has come."""
+        for container, first, last in rest.up_to(position):
+            marker = int(container.blocks.rows(first, first + 1)[0])
+            self._plans.setdefault(container, _Plan()).markers.add(marker)
+            self._fetcher.fetch_ahead(container, first, last)
 
     def _has_waited(self, day: _Day, shape: DayShape, container: OpenContainer, waited_s: float) -> None:
         """Rent or buy. Called by the event loop itself, so nothing may get out of it."""

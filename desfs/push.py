@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 # when it has a core.
 _PATIENCE_S = 0.005
 _PAUSE_S = 0.0001
+_STOP_S = 2.0
 
 # What we know of the kernel and a row: bits of OpenContainer.pages.
 LISTED = 1  # it has been told of the inode, or is being told
@@ -49,13 +50,13 @@ class Batch(NamedTuple):
 
 class Pushed(NamedTuple):
     """What came of batches: files stored, files whose inode the kernel does not know, files refused, the last errno,
-    and the size of the batches' data."""
+    and how many batches that were, the first of those that waited."""
 
     stored: int
     unknown: int
     failed: int
     errno: int
-    size: int
+    batches: int
 
 
 class PageQueue(Protocol):
@@ -95,10 +96,10 @@ class PlainQueue:
             self._changed.notify()
 
     def serve(self, most: int) -> Pushed | None:
-        total = Pushed(0, 0, 0, 0, 0)
-        while total.size < most:
+        total, size = Pushed(0, 0, 0, 0, 0), 0
+        while size < most:
             with self._changed:
-                while not self._waiting and not total.size and not self._stopping:
+                while not self._waiting and not total.batches and not self._stopping:
                     self._changed.wait()
                 if self._stopping:
                     return None
@@ -109,11 +110,12 @@ class PlainQueue:
                 total = self._store_batch(batch, total)
             except Exception:  # the mount goes on without what was to be pushed
                 log.exception("unexpected error in a push")
-            total = total._replace(size=total.size + max(len(batch.data), 1))
+            total = total._replace(batches=total.batches + 1)
+            size += len(batch.data)
         return total
 
     def _store_batch(self, batch: Batch, total: Pushed) -> Pushed:
-        stored, unknown, failed, last, size = total
+        stored, unknown, failed, last, batches = total
         data, patience_s = memoryview(batch.data), _PATIENCE_S
         for inode, offset, length, row in batch.files.tolist():
             if self._stopping:
@@ -133,7 +135,7 @@ class PlainQueue:
                 unknown += 1
             else:
                 failed += 1
-        return Pushed(stored, unknown, failed, last, size)
+        return Pushed(stored, unknown, failed, last, batches)
 
 
 class LeverQueue:
@@ -163,6 +165,8 @@ class Pusher:
         self._max_queued = max_queued
         self._lock = threading.Lock()
         self._queued = 0
+        self._waiting: deque[Piece] = deque()  # that of each batch
+        self._batches: dict[int, int] = {}  # of each piece, by id()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="push", daemon=True)
 
@@ -179,30 +183,44 @@ class Pusher:
         self._stopping = True
         self._queue.stop()
         if self._thread.is_alive():
-            self._thread.join()
+            # It may wait for a page that a READ has locked, which nobody answers any more: the session's end ends that.
+            self._thread.join(_STOP_S)
 
     def push(self, container: OpenContainer, piece: Piece, rows: npt.NDArray[np.uint32]) -> None:
         """Queue the payloads of rows that are in a piece."""
-        size = len(piece.data)
-        with self._lock:
-            if self._stopping or self._queued + size > self._max_queued:
-                metrics.PAGES_PUSHED.labels("dropped").inc(len(rows))
-                return
-            self._queued += size
         index = container.loaded.index
         files = np.empty((len(rows), 4), np.uint64)
         files[:, 0] = rows + np.uint64(file_inode(container.slot, 0))
         files[:, 1] = index.data_offset[rows] - np.uint64(piece.start)
         files[:, 2] = index.data_length[rows]
         files[:, 3] = rows
-        self._queue.put(Batch(piece.data, files, container.pages))
+        with self._lock:
+            # A piece that is queued several times, for the parts of a listing, is in memory once.
+            known = self._batches.get(id(piece), 0)
+            size = 0 if known else len(piece.data)
+            if self._stopping or self._queued + size > self._max_queued:
+                metrics.PAGES_PUSHED.labels("dropped").inc(len(rows))
+                return
+            self._queued += size
+            self._batches[id(piece)] = known + 1
+            self._waiting.append(piece)
+            self._queue.put(Batch(piece.data, files, container.pages))
+
+    def _done(self, batches: int) -> None:
+        with self._lock:
+            for _ in range(batches):
+                piece = self._waiting.popleft()
+                left = self._batches.pop(id(piece)) - 1
+                if left:
+                    self._batches[id(piece)] = left
+                else:
+                    self._queued -= len(piece.data)
 
     def _work(self) -> None:
         # What was stored from is held until the thread comes back: no more of it than that.
         most = max(self._max_queued // 4, 1)
         while (result := self._queue.serve(most)) is not None:
-            with self._lock:
-                self._queued = max(self._queued - result.size, 0)
+            self._done(result.batches)
             metrics.PAGES_PUSHED.labels("stored").inc(result.stored)
             metrics.PAGES_PUSHED.labels("unknown").inc(result.unknown)
             metrics.PAGES_PUSHED.labels("failed").inc(result.failed)

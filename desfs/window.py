@@ -104,7 +104,7 @@ class Accounts:
         self._waited_s[container] = self._waited_s.get(container, 0.0) + waited_s
         bought, room = [], affordable
         # This one first; others have reached their price when the link turns out to be faster than it was thought.
-        for each in sorted(self._waited_s, key=lambda number: number != container):
+        for each in sorted(self._waited_s.keys() & {container, *lefts}, key=lambda number: number != container):
             left = lefts.get(each, 0)
             cost = buy_cost_s(left, -(-left // piece), link)
             if left <= room and self._waited_s[each] >= cost:

@@ -51,7 +51,9 @@ class LinkMeter:
         self._latencies: deque[float] = deque(maxlen=_KEPT)
         self._bandwidths: deque[float] = deque(maxlen=_PERIODS)
         self._rates: deque[float] = deque(maxlen=_PERIODS)
+        self._alone: deque[float] = deque(maxlen=_PERIODS)  # rates of answers that nothing else was under way with
         self._running = 0
+        self._requests = 0
         # The period in which at least one request has been running, without a break.
         self._began_s = 0.0
         self._bytes = 0
@@ -60,10 +62,12 @@ class LinkMeter:
     def link(self) -> Link:
         """What has been measured so far."""
         with self._lock:
-            # What one answer brings is what the way can do at least: many small ones together show how fast they are
-            # taken apart. The median, since some of it may have come while nobody looked.
-            rates = [median(self._rates)] if self._rates else []
-            return Link(self._latency(), max([*self._bandwidths, *rates], default=_BANDWIDTH))
+            if self._bandwidths:
+                # What one answer alone brings is what the way can do at least: many small ones together show how fast
+                # they are taken apart. The median, since some of it may have come before anybody looked.
+                alone = [median(self._alone)] if self._alone else []
+                return Link(self._latency(), max([*self._bandwidths, *alone]))
+            return Link(self._latency(), median(self._rates) if self._rates else _BANDWIDTH)
 
     def _latency(self) -> float:
         return min(self._latencies, default=_LATENCY_S)
@@ -77,6 +81,8 @@ class LinkMeter:
             if not self._running:
                 self._begin(started)
             self._running += 1
+            self._requests += 1
+            number = self._requests if self._running == 1 else None
         try:
             yield answered
         finally:
@@ -84,14 +90,16 @@ class LinkMeter:
             with self._lock:
                 self._running -= 1
                 if answered:
-                    self._take(started, ended, answered[0])
+                    self._take(started, ended, answered[0], is_alone=number == self._requests)
 
-    def _take(self, started: float, ended: float, answer: Answer) -> None:
+    def _take(self, started: float, ended: float, answer: Answer, *, is_alone: bool) -> None:
         size = len(answer.data)
         if answer.body_s is not None:
             self._latencies.append(max(ended - started - answer.body_s, 0.0))
             if size >= _BODY:
                 self._rates.append(size / max(answer.body_s, 1e-4))
+                if is_alone and size >= 2 * _BODY:
+                    self._alone.append(self._rates[-1])
         elif size <= _SMALL:
             self._latencies.append(ended - started)
         elif not self._latencies:

@@ -614,3 +614,20 @@ def test_of_units_that_come_together_the_damaged_one_alone_is_an_error(tmp_path:
         assert len(world.problems.lines()) == 1
 
     world.run(main)
+
+
+def test_a_damaged_unit_ahead_is_not_fetched_with_every_read(tmp_path: Path) -> None:
+    data = Random(6).randbytes(12 * UNIT)
+    world = external_world(tmp_path, data, "blocks", memory=256 * MIB)
+    flip(world, data, 8 * UNIT + 1, times=1 << 30)
+
+    async def main() -> None:
+        for at in range(0, 8 * UNIT, 128 * 1024):
+            assert await world.read(NAME, at, 128 * 1024) == data[at : at + 128 * 1024]
+        await world.idle()
+        assert sum(stop - start for _, start, stop in world.store.ranges) <= 2 * len(data)
+        with pytest.raises(CorruptEntry):
+            await world.read(NAME, 8 * UNIT, 10)
+        assert await world.read(NAME, 9 * UNIT, 10) == data[9 * UNIT : 9 * UNIT + 10]
+
+    world.run(main)

@@ -131,3 +131,20 @@ def test_whatever_clocks_say_a_link_can_be_reckoned_with(requests: list[tuple[in
         way.get(*request)
         assert way.link.latency_s >= 0
         assert 0 < way.link.bandwidth < float("inf")
+
+
+def test_what_one_answer_brings_alone_is_what_the_way_can_do_at_least(way: Way) -> None:
+    """Many small answers together show how fast they are taken apart; one that comes alone, how fast the way is."""
+    with contextlib.ExitStack() as together:
+        for _ in range(16):
+            together.enter_context(way.running(MIB // 2, 0.05))
+        way.clock.now_s += 0.1
+    slow = way.link.bandwidth
+    way.get(MIB, 0.022, 0.002)
+    assert way.link.bandwidth == pytest.approx(MIB / 0.002)
+    assert slow < way.link.bandwidth / 2
+    # One during which another began says nothing: they share the way, or the time of those who take them apart.
+    with way.running(MIB, 0.001):
+        way.clock.now_s += 0.02
+        way.get(1000, 0.001)
+    assert way.link.bandwidth == pytest.approx(MIB / 0.002)

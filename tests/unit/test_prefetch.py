@@ -460,3 +460,34 @@ def test_the_rest_of_a_day_is_fetched_as_its_reader_comes_along(tmp_path: Path) 
     assert max(ahead) <= 3 * PIECE  # two of the reach, and one that begins within it
     assert min(ahead[2:-4]) >= PIECE
     assert ahead[-1] == 0
+
+
+def test_who_lists_a_large_directory_and_then_reads_it_is_never_left_behind(tmp_path: Path) -> None:
+    """A directory that is larger than what is fetched ahead is listed as a whole before it is read: the files that are
+    held back tell how far its reader has come."""
+    size = 64 * 1024
+    keys = (f"{DAY}/0.des", f"{DAY}/1.des")
+    shares = [{f"d{number}/{n:04d}": Random(n).randbytes(size) for n in range(600)} for number in range(2)]
+    for key, share in zip(keys, shares, strict=True):
+        put_container(tmp_path / key, share)
+    world = World(tmp_path, memory=512 << 20, keys=keys)
+    kernel = with_kernel(world, Link(0.02, 1e6))
+    missed = []
+
+    async def main() -> None:
+        world.prefetcher.listing(DAY, b"")
+        for container, share in zip(world.containers, shares, strict=True):
+            world.prefetcher.listing(DAY, next(iter(share)).rpartition("/")[0].encode())
+            world.prefetcher.listed(DAY, container, np.arange(len(share), dtype=np.uint32))
+            for name, data in share.items():
+                row = world.row(name, container)
+                if (container.number, row) not in kernel.pages:
+                    block = container.blocks.of(int(container.loaded.index.data_offset[row]))
+                    if not world.fetcher.has(container, block):
+                        missed.append(name)
+                    assert await world.read(name, container=container) == data
+                await world.idle()
+
+    world.run(main)
+    assert missed == ["d0/0000"]
+    assert sum(stop - start for _, start, stop in world.store.ranges) == 2 * 600 * size

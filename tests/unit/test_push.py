@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -69,9 +70,9 @@ class Pushing:
         self.rows = list(range(len(FILES)))
         self.container.pages[:] = bytes([LISTED]) * len(FILES)
 
-    def push(self, rows: list[int] | None = None) -> None:
+    def push(self, rows: list[int] | None = None, piece: Piece | None = None) -> None:
         wanted = np.array(self.rows if rows is None else rows, np.uint32)
-        self.pusher.push(self.container, self.piece, wanted)
+        self.pusher.push(self.container, piece or self.piece, wanted)
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_the_queue_is_bounded_and_what_does_not_fit_is_dropped(tmp_path: Path) -
     pushing = Pushing(tmp_path, pieces=2.5)
     before = counted("dropped")
     for row in range(5):
-        pushing.push([row])
+        pushing.push([row], replace(pushing.piece))  # another one with the same bytes
     assert counted("dropped") - before == 3
     pushing.pusher.start()
     finish(pushing)
@@ -217,3 +218,15 @@ def test_offsets_beyond_4_gib_are_right(pushing: Pushing) -> None:
     pushing.push([999])
     finish(pushing)
     assert list(pushing.kernel.pages.values()) == [FILES["0999"]]
+
+
+def test_a_piece_that_is_queued_in_parts_is_counted_once(tmp_path: Path) -> None:
+    pushing = Pushing(tmp_path, pieces=1)
+    before = counted("dropped")
+    for row in range(10):
+        pushing.push([row])
+    assert pushing.pusher.queued == len(pushing.piece.data)
+    pushing.pusher.start()
+    finish(pushing)
+    assert counted("dropped") == before
+    assert len(pushing.kernel.pages) == 10

@@ -308,3 +308,22 @@ def test_a_window_ends_where_nobody_knows_how_the_reader_goes_on() -> None:
     following = reader.step(reader.marker, reader.marker + 1000, (1 << 20) + 5, True, link)
     assert following == Window(1 << 20, (1 << 20) + 5, True, 1 << 20)
     assert reader.step(1 << 20, (1 << 20) + 5, (1 << 20) + 5, True, link) is None
+
+
+def test_a_miss_elsewhere_leaves_the_accounts_of_a_day_alone() -> None:
+    """A container that has left its day is read by those who had its files open: it stands for itself."""
+    link, size = Link(0.02, 1e6), 10_000_000
+    accounts = Accounts()
+    assert accounts.miss(1, buy_s(size, link) * 0.6, {1: size, 2: size}, PIECE, ALL, link) == []
+    assert accounts.miss(9, 0.001, {9: size}, PIECE, ALL, link) == []
+    assert accounts.miss(1, buy_s(size, link) * 0.3, {1: size, 2: size}, PIECE, ALL, link) == []
+    assert accounts.miss(1, buy_s(size, link) * 0.2, {1: size, 2: size}, PIECE, ALL, link) == [1]
+
+
+def test_accounts_are_looked_at_again_when_the_link_turns_out_to_be_faster() -> None:
+    slow, fast, size = Link(0.02, 1e6), Link(0.02, 1e9), 10_000_000
+    lefts = {1: size, 2: size, 3: size}
+    accounts = Accounts()
+    for container in (1, 2):
+        assert accounts.miss(container, 0.02, lefts, PIECE, ALL, slow) == []
+    assert sorted(accounts.miss(3, 0.02, lefts, PIECE, ALL, fast)) == [1, 2, 3]
