@@ -14,6 +14,7 @@ _ARENAS = 2
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _BUFFER = 64 * 1024
+_LARGE_BUFFER = 1024 * 1024
 _KEPT_FREE = 1024 * 1024
 
 _libc = ctypes.CDLL(None)
@@ -23,6 +24,9 @@ def limit_arenas() -> None:
     """Before the first thread is started."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, _ARENAS)
+        # By itself glibc keeps freed buffers of up to 32 MiB once it has seen such: a scan of 1.2 GB with pieces of up to
+        # 8 MiB then had 343 to 459 MB, with this 310 each time, and took 5 % longer (measured).
+        _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BUFFER)
 
 
 def keep_small() -> None:
