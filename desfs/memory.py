@@ -21,11 +21,11 @@ _libc = ctypes.CDLL(None)
 
 
 def limit_arenas() -> None:
-    """Before the first thread is started."""
+    """Few arenas, and large buffers returned to the system. Before the first thread is started."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, _ARENAS)
-        # By itself glibc keeps freed buffers of up to 32 MiB once it has seen such: a scan of 1.2 GB with pieces of up to
-        # 8 MiB then had 343 to 459 MB, with this 310 each time, and took 5 % longer (measured).
+        # By itself glibc keeps freed buffers of up to 32 MiB once it has seen such: a scan of 1.2 GB with pieces of up
+        # to 8 MiB then had 343 to 459 MB, with this 310 each time, and took 5 % longer (measured).
         _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BUFFER)
 
 
