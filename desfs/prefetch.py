@@ -28,7 +28,7 @@ from desfs.push import ASKED, LISTED, PUSHED, Pusher
 from desfs.store.link import Link, on_its_way
 from desfs.tree import DayTree, Member
 from desfs.walk import Order, entered, following
-from desfs.window import Accounts, Scan, Window, rent_size
+from desfs.window import FIRST_WINDOW, Accounts, Scan, Window, rent_size
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +39,6 @@ _MOST = 16
 # Whoever lists a directory, then those below it, and reads the first file of all, walks through it: if there is no more
 # time than this between.
 _AT_ONCE_S = 2.0
-_SURE = 8 * 1024 * 1024  # bytes that such a reader is given at least
 _LEAST_WINDOW = 4 * 1024 * 1024  # whatever the memory is
 _REACH = 2  # round trips, or pieces, that the rest of a day is fetched ahead
 _EVERYTHING = 1 << 62  # a position behind all days
@@ -399,7 +398,7 @@ class Prefetcher:
                 walk.may_have_all = not walked[1]  # of a part of the day it is never given the whole
         known = walk.know(at + self._max_window) if walk.is_ordered else walk.known
         length = int(index.data_length[row])
-        least = 0 if not announced else _SURE if walk.is_ordered else 1
+        least = 0 if not announced else FIRST_WINDOW if walk.is_ordered else 1
         walk.scan, window = Scan.begin(at, at + length, known, least, link, self._max_window)
         day.walks.append(walk)
         # What somebody waits for comes in a request of its own: in a round trip, whatever else is wanted.

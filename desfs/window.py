@@ -16,7 +16,7 @@ from desfs.store.link import Link, on_its_way
 # waits for it does not notice.
 _RENT_FRACTION = 0.05
 _MAX_RENT = 1024 * 1024
-_FIRST = 8 * 1024 * 1024  # that a first read brings at most: nothing but its place says that others will follow
+FIRST_WINDOW = 8 * 1024 * 1024  # that a first read brings at most: nothing but its place says that others will follow
 # A reader may leave out some files: it still walks forward when it goes on this near.
 _STEP = 2 * BLOCK
 
@@ -48,7 +48,7 @@ class Scan:
         directory and reads its first file will read the others too, most often: it gets `least` bytes or more."""
         size = rent_size(link)
         if least:
-            size = min(max(min(on_its_way(link), _FIRST), size, least), max(known - at, size), max_window)
+            size = min(max(min(on_its_way(link), FIRST_WINDOW), size, least), max(known - at, size), max_window)
         end = max(at + size, stop)
         return cls(at, end, stop, size, max_window), Window(at, end, least > 0, stop)
 
