@@ -7,6 +7,7 @@ checks every payload in it against the checksum in META. What does not match is 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ STORE_THREADS = 32
 # Pieces fetched ahead at a time; those that somebody waits for come on top.
 AHEAD = 16
 LEAST_AHEAD = 5
+
+_LAST_SAVES_S = 5.0  # for the disk cache to take what has come, when the mount ends
 
 # What is being fetched is in memory twice while its end is put to its beginning.
 _COPIES = 2
@@ -274,6 +277,8 @@ class Fetcher:
         # Told of every piece of small payloads that has come.
         self.on_piece: Callable[[OpenContainer, Piece], None] = lambda container, piece: None
         self._savers = trio.CapacityLimiter(2)
+        self._saves: set[trio.CancelScope] = set()
+        self._saves_end = math.inf
         self._unsaved = 0
         self._coming: dict[int, int] = {}  # by container: bytes of small payloads
         self._ahead_running = 0
@@ -283,13 +288,19 @@ class Fetcher:
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Fetch, until cancelled."""
+        """Fetch, until cancelled; then what is on its way to the disk cache still gets there, if that takes seconds."""
         try:
             async with trio.open_nursery() as self._nursery:
                 task_status.started()
-                await trio.sleep_forever()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    self._saves_end = trio.current_time() + _LAST_SAVES_S
+                    for save in self._saves:
+                        save.deadline = self._saves_end
         finally:
             self._nursery = None
+            self._saves_end = math.inf
 
     # --- small payloads ------------------------------------------------------------------------------------------
 
@@ -376,13 +387,18 @@ class Fetcher:
         return not self._unsaved or self._unsaved + len(piece.data) <= self._memory // 8
 
     async def _keep(self, disk: DiskCache, info: ObjectInfo, piece: Piece, bounds: list[tuple[int, int]]) -> None:
-        """Write to the disk cache what has come: nobody waits for it."""
-        try:
-            await trio.to_thread.run_sync(_save, disk, self.threads.store, info, piece, bounds, limiter=self._savers)
-        except Exception:  # of a cache, which reports its disk's errors by itself
-            log.exception("unexpected error in the disk cache")
-        finally:
-            self._unsaved -= len(piece.data)
+        """Write to the disk cache what has come: nobody waits for it. One that is given up is as if the process had
+        died: the cache takes that."""
+        call = partial(_save, disk, self.threads.store, info, piece, bounds)
+        with trio.CancelScope(shield=True, deadline=self._saves_end) as save:
+            self._saves.add(save)
+            try:
+                await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._savers)
+            except Exception:  # of a cache, which reports its disk's errors by itself
+                log.exception("unexpected error in the disk cache")
+            finally:
+                self._saves.discard(save)
+                self._unsaved -= len(piece.data)
 
     async def _once_more(self, container: OpenContainer, row: int, offset: int, length: int) -> memoryview:
         """A payload that did not match its checksum: it may be the way's fault, not the store's."""

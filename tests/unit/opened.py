@@ -103,7 +103,6 @@ class World:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.fetcher.run)
                     await main()
-                    await until(lambda: not self.fetcher._unsaved)  # the disk cache has what came
                     nursery.cancel_scope.cancel()
 
         try:

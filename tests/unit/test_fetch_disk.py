@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
 from des_format import CorruptEntry
+from desfs import fetch
 from desfs.blocks import BLOCK
-from desfs.disk_cache import DiskCache, ObjectVersion
+from desfs.disk_cache import Buffer, DiskCache, ObjectVersion
 from tests.mount.stores import put_container
 from tests.unit.opened import KEY, World
 
@@ -130,3 +133,59 @@ def test_what_does_not_match_is_not_kept_on_disk(tmp_path: Path) -> None:
     first.run(fails)
     second.run(succeeds)
     assert second.gets() == 1
+
+
+class SlowDisk(DiskCache):
+    """A disk that takes nothing before the gate is open."""
+
+    gate: threading.Event
+
+    def put(self, version: ObjectVersion, blocks: Sequence[tuple[int, int, Buffer]]) -> None:
+        self.gate.wait(30)
+        super().put(version, blocks)
+
+
+def slow_world(tmp_path: Path) -> tuple[World, SlowDisk]:
+    put_container(tmp_path / "store" / KEY, APART)
+    disk = SlowDisk(tmp_path / "cache", 1 << 30)
+    disk.gate = threading.Event()
+    return World(tmp_path / "store", max_gap=0, disk=disk), disk
+
+
+def test_what_has_come_is_on_disk_after_the_end(tmp_path: Path) -> None:
+    """docs/operations.md: What has come when a mount ends is kept."""
+    world, disk = slow_world(tmp_path)
+
+    async def read_some() -> None:
+        for name in list(APART)[:6]:
+            assert await world.payload(name) == APART[name]
+        threading.Timer(0.1, disk.gate.set).start()
+
+    world.run(read_some)
+    second = World(tmp_path / "store", max_gap=0, disk=on_disk(tmp_path))
+
+    async def read_again() -> None:
+        for name in list(APART)[:6]:
+            assert await second.payload(name) == APART[name]
+
+    second.run(read_again)
+    assert second.gets() == 0
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_LAST_SAVES_S", 0.05)
+    world, disk = slow_world(tmp_path)
+    ended = False
+
+    async def read_one() -> None:
+        nonlocal ended
+        async with trio.open_nursery() as nursery:
+            await nursery.start(world.fetcher.run)
+            assert await world.payload("f03") == APART["f03"]
+            nursery.cancel_scope.cancel()
+        ended = True
+
+    trio.run(read_one)
+    assert ended
+    assert not disk.gate.is_set()
+    disk.gate.set()
