@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from des_format.layout import MAX_META
 from des_format.meta import MetaColumns
 from des_format.names import external_keys
 from des_format.source import Tail, open_container
+from desfs.blocks import Blocks
 from desfs.compiled import Compiled, CompiledIndexes
 from desfs.disk_cache import ObjectVersion
 from desfs.errors import BadAnswer, NoSuchObject
@@ -182,3 +184,41 @@ def _problems(index: Index, meta: MetaColumns) -> tuple[str, ...]:
     if len(damaged) > _PROBLEMS_NAMED:
         lines.append(f"and {len(damaged) - _PROBLEMS_NAMED} more entries with damaged metadata")
     return tuple(lines)
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class OpenContainer:
+    """A container with a slot. `externals` has the ETag of each external object that has been read, `external_keys` the
+    key that it has; `verified` the
+    CRC-32C of each unit of the large payloads that matched their checksum as a whole, by row. `outdated`: an external
+    object was replaced, and the kernel may have pages of the version before: its inodes must not be given the new one.
+    `number` is of no other: a slot may be given away again, and what caches hold of the last one there must not be
+    taken for its successor's."""
+
+    loaded: LoadedContainer
+    slot: int
+    number: int = field(default_factory=itertools.count().__next__)
+    externals: dict[int, str] = field(default_factory=dict)
+    external_keys: dict[int, str] = field(default_factory=dict)
+    verified: dict[int, list[int]] = field(default_factory=dict)
+    outdated: bool = False
+    _blocks: Blocks | None = None
+    _pages: bytearray | None = None
+
+    @property
+    def info(self) -> ObjectInfo:
+        return self.loaded.info
+
+    @property
+    def blocks(self) -> Blocks:
+        """How its small payloads are cut; made when something is read from it."""
+        if self._blocks is None:
+            self._blocks = Blocks(self.loaded.index)
+        return self._blocks
+
+    @property
+    def pages(self) -> bytearray:
+        """A byte a row, for whoever pushes its payloads to the kernel."""
+        if self._pages is None:
+            self._pages = bytearray(self.loaded.index.rows)
+        return self._pages

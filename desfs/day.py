@@ -27,14 +27,14 @@ from des_format.names import name_problem
 from des_format.shards import CONTAINER_SUFFIX, ContainerKey, is_day, parse_container_name
 from desfs import memory, metrics
 from desfs.changes import changed_folders, changed_paths, shown_paths
-from desfs.container import LoadedContainer, tail_length
+from desfs.container import LoadedContainer, OpenContainer, tail_length
 from desfs.errors import AccessDenied, DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
-from desfs.fetch import OpenContainer, StoreThreads
 from desfs.inode import Slots, preferred_slot
 from desfs.layout import Layout
-from desfs.prefetch import Route, Stop
 from desfs.problems import Problems
+from desfs.route import Route, Stop
 from desfs.store.base import ObjectInfo, Store
+from desfs.store_threads import StoreThreads
 from desfs.tasks import first_of
 from desfs.tree import DayTree, Member
 from desfs.turns import Gate, Turns

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -22,23 +20,21 @@ import trio
 from des_format.errors import CorruptEntry, DesFormatError
 from des_format.plan import DEFAULT_MAX_GAP, plan_gets
 from desfs import metrics
-from desfs.blocks import BLOCK, Blocks
-from desfs.container import LoadedContainer
+from desfs.blocks import BLOCK
+from desfs.container import OpenContainer
 from desfs.disk_cache import DiskCache, ObjectVersion
 from desfs.errors import DeadlineExceeded, DesfsError
+from desfs.pieces import META, SMALL, Key, Piece, PieceCache
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo, Store
-from desfs.store.link import LinkMeter, Measured
+from desfs.store_threads import StoreThreads
 
 log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
 
 # A GET of 8 MiB takes some milliseconds more than its round trip: short enough to wait for, long enough that a thousand
 # small files cost a few of them. With 4 MiB the server and the client were 5 % busier with a scan (measured).
 PIECE = 8 * 1024 * 1024
 UNIT = 4 * 1024 * 1024  # of large payloads: the longest that is fetched with any memory
-STORE_THREADS = 32
 # Pieces fetched ahead at a time; those that somebody waits for come on top.
 AHEAD = 16
 LEAST_AHEAD = 5
@@ -48,181 +44,6 @@ _LAST_SAVES_S = 5.0  # for the disk cache to take what has come, when the mount 
 # What is being fetched is in memory twice while its end is put to its beginning.
 _COPIES = 2
 
-_META = -1  # in the place of a block: META, by its first byte
-
-
-@dataclass(eq=False, slots=True, weakref_slot=True)
-class OpenContainer:
-    """A container with a slot. `externals` has the ETag of each external object that has been read, `external_keys` the
-    key that it has; `verified` the
-    CRC-32C of each unit of the large payloads that matched their checksum as a whole, by row. `outdated`: an external
-    object was replaced, and the kernel may have pages of the version before: its inodes must not be given the new one.
-    `number` is of no other: a slot may be given away again, and what caches hold of the last one there must not be
-    taken for its successor's."""
-
-    loaded: LoadedContainer
-    slot: int
-    number: int = field(default_factory=itertools.count().__next__)
-    externals: dict[int, str] = field(default_factory=dict)
-    external_keys: dict[int, str] = field(default_factory=dict)
-    verified: dict[int, list[int]] = field(default_factory=dict)
-    outdated: bool = False
-    _blocks: Blocks | None = None
-    _pages: bytearray | None = None
-
-    @property
-    def info(self) -> ObjectInfo:
-        return self.loaded.info
-
-    @property
-    def blocks(self) -> Blocks:
-        """How its small payloads are cut; made when something is read from it."""
-        if self._blocks is None:
-            self._blocks = Blocks(self.loaded.index)
-        return self._blocks
-
-    @property
-    def pages(self) -> bytearray:
-        """A byte a row, for whoever pushes its payloads to the kernel."""
-        if self._pages is None:
-            self._pages = bytearray(self.loaded.index.rows)
-        return self._pages
-
-
-class StoreThreads:
-    """Runs the blocking store in threads. Listings and indexes have threads of their own: they never wait for payloads.
-    A cancelled call goes on in its thread: a GET's answer is thrown away. `meter` measures every GET."""
-
-    def __init__(self, store: Store, deadline_s: float = 60.0, limit: int = STORE_THREADS) -> None:
-        self.meter = LinkMeter()
-        self.store: Store = Measured(store, self.meter)
-        # The store ends its tries by the deadline, and a try by its time-outs. A server that sends a byte now and then
-        # escapes both: twice the deadline ends any call.
-        self._limit_s = 2 * deadline_s
-        self._metadata = trio.CapacityLimiter(limit)
-        self._payloads = trio.CapacityLimiter(limit)
-
-    async def run(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Call a blocking function that lists or opens. Raises: DeadlineExceeded; what the function raises."""
-        return await self._call(self._metadata, partial(function, *arguments, **options))
-
-    async def fetch(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Call a blocking function that brings payloads. Raises: as run."""
-        return await self._call(self._payloads, partial(function, *arguments, **options))
-
-    async def wait(self, event: trio.Event) -> None:
-        """Wait for what a call brings to somebody else, no longer than a call may take. Raises: DeadlineExceeded."""
-        with trio.move_on_after(self._limit_s):
-            await event.wait()
-            return
-        raise DeadlineExceeded(f"{self.store.url}: no answer within {self._limit_s:g} s")
-
-    async def _call(self, limiter: trio.CapacityLimiter, call: Callable[[], T]) -> T:
-        with trio.move_on_after(self._limit_s):
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
-        raise DeadlineExceeded(f"{self.store.url}: no answer within {self._limit_s:g} s")
-
-
-@dataclass(eq=False, slots=True)
-class Piece:
-    """Verified bytes [start, start + len(data)) of a container or of an object beside it: blocks [first, last) of a
-    container (its number) and `kind`. `bad` are the rows in it that did not match their checksum; `version` is the ETag
-    of an object beside it."""
-
-    container: int
-    kind: int
-    first: int
-    last: int
-    start: int
-    data: bytes | memoryview
-    bad: frozenset[int] = frozenset()
-    version: str | None = None
-
-    def places(self) -> Iterable[_Key]:
-        """The keys of what is in it."""
-        return ((self.container, self.kind, place) for place in range(self.first, self.last))
-
-
-# number of the container; SMALL, a row for a large payload, or _META; block, unit of the payload, or first byte
-_Key = tuple[int, int, int]
-SMALL = -2
-
-
-class PieceCache:
-    """Pieces by what is in them, least recently used first to go; bounded in bytes. Trio thread only, no locks."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._pieces: OrderedDict[int, Piece] = OrderedDict()  # by id()
-        self._holders: dict[_Key, Piece] = {}
-        self._of_container: dict[int, int] = {}
-        self.bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __contains__(self, key: _Key) -> bool:
-        return key in self._holders
-
-    def get(self, key: _Key) -> Piece | None:
-        """The piece with that block, which counts as used now."""
-        piece = self._holders.get(key)
-        if piece is not None:
-            self._pieces.move_to_end(id(piece))
-        return piece
-
-    def bytes_of(self, container: int) -> int:
-        """Bytes held of the small payloads of a container."""
-        return self._of_container.get(container, 0)
-
-    def resize(self, max_bytes: int) -> None:
-        """Hold so much at most from now on."""
-        self._max_bytes = max_bytes
-        self._make_room()
-
-    def put(self, piece: Piece) -> None:
-        """Keep a piece; older ones make room. One that is larger than the whole cache is not kept."""
-        size = len(piece.data)
-        if size > self._max_bytes:
-            return
-        for key in piece.places():
-            self._holders[key] = piece  # of two pieces with a block the newer one
-        self._pieces[id(piece)] = piece
-        self._count(piece, size)
-        self._make_room()
-
-    def discard(self, key: _Key) -> None:
-        """Forget the piece with that block, if there is one."""
-        piece = self._holders.get(key)
-        if piece is not None:
-            del self._pieces[id(piece)]
-            self._forget(piece)
-
-    def drop(self, container: int, kind: int) -> None:
-        """Forget all pieces of a kind of a container."""
-        # Not by the keys that there could be: a container may claim 2^40 units for a payload.
-        for piece in [each for each in self._pieces.values() if (each.container, each.kind) == (container, kind)]:
-            del self._pieces[id(piece)]
-            self._forget(piece)
-
-    def _make_room(self) -> None:
-        while self.bytes > self._max_bytes:
-            _, oldest = self._pieces.popitem(last=False)
-            self._forget(oldest)
-
-    def _count(self, piece: Piece, size: int) -> None:
-        self.bytes += size
-        if piece.kind == SMALL:
-            held = self._of_container.pop(piece.container, 0) + size
-            if held:
-                self._of_container[piece.container] = held
-
-    def _forget(self, piece: Piece) -> None:
-        self._count(piece, -len(piece.data))
-        for key in piece.places():
-            if self._holders.get(key) is piece:
-                del self._holders[key]
-
 
 class Flight:
     """One fetch under way, or waiting for its turn. `wanted`: somebody waits for it; `ahead`: it started when nobody
@@ -230,7 +51,7 @@ class Flight:
 
     __slots__ = ("ahead", "bring", "done", "error", "go", "keys", "piece", "size", "wanted")
 
-    def __init__(self, keys: list[_Key], size: int, bring: Callable[[], Awaitable[Piece]]) -> None:
+    def __init__(self, keys: list[Key], size: int, bring: Callable[[], Awaitable[Piece]]) -> None:
         self.keys = keys
         self.size = size
         self.bring = bring
@@ -284,7 +105,7 @@ class Fetcher:
         self._ahead_running = 0
         self._waiting: deque[Flight] = deque()  # those that are wanted have started, or will from the other queue
         self._wanted: deque[Flight] = deque()
-        self._flights: dict[_Key, Flight] = {}
+        self._flights: dict[Key, Flight] = {}
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -423,7 +244,7 @@ class Fetcher:
         found = []
         for begin in range(first, stop, window):
             end = min(begin + window, footer.meta_start + footer.meta_length)
-            piece = await self.piece((container.number, _META, begin), partial(self._start_meta, container, begin, end))
+            piece = await self.piece((container.number, META, begin), partial(self._start_meta, container, begin, end))
             found.append(bytes(piece.data[max(start - begin, 0) : stop - begin]))
         return b"".join(found)
 
@@ -431,13 +252,13 @@ class Fetcher:
         async def bring() -> Piece:
             info = container.info
             answer = await self.threads.fetch(self.threads.store.get_range, info.key, begin, end, if_match=info.etag)
-            return Piece(container.number, _META, begin, begin + 1, begin, answer.data)
+            return Piece(container.number, META, begin, begin + 1, begin, answer.data)
 
-        return self.start([(container.number, _META, begin)], end - begin, bring)
+        return self.start([(container.number, META, begin)], end - begin, bring)
 
     # --- flights -------------------------------------------------------------------------------------------------
 
-    async def piece(self, key: _Key, start: Callable[[], Flight]) -> Piece:
+    async def piece(self, key: Key, start: Callable[[], Flight]) -> Piece:
         """The piece with a block: from the cache, from a fetch under way, or from the one that `start` begins.
 
         Raises: what the fetch raises.
@@ -453,11 +274,11 @@ class Fetcher:
         assert flight.piece is not None
         return flight.piece
 
-    def is_under_way(self, key: _Key) -> bool:
+    def is_under_way(self, key: Key) -> bool:
         """Whether a block is being fetched."""
         return key in self._flights
 
-    def start(self, keys: list[_Key], size: int, bring: Callable[[], Awaitable[Piece]]) -> Flight:
+    def start(self, keys: list[Key], size: int, bring: Callable[[], Awaitable[Piece]]) -> Flight:
         """Begin a fetch, of at most `size` bytes, of keys that are neither in the cache nor under way. It waits for its
         turn. Raises: DeadlineExceeded when the fetcher does not run."""
         if self._nursery is None:

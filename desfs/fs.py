@@ -22,6 +22,7 @@ from des_format.meta import NO_MODE, NO_TIME
 from desfs import metrics
 from desfs.caches import Caches
 from desfs.changes import same_content
+from desfs.container import OpenContainer
 from desfs.control import CONTROL_NAME, ControlDirectory
 from desfs.day import Changes, DayView, File
 from desfs.errors import (
@@ -35,7 +36,7 @@ from desfs.errors import (
     StaleInode,
     StoreError,
 )
-from desfs.fetch import Fetcher, OpenContainer, StoreThreads
+from desfs.fetch import Fetcher
 from desfs.inode import (
     CONTROL_DIRECTORY,
     ROOT,
@@ -51,6 +52,7 @@ from desfs.problems import Problems
 from desfs.push import PageQueue, Pusher
 from desfs.settings import MountSettings
 from desfs.store.base import Store
+from desfs.store_threads import StoreThreads
 from desfs.tree import DayTree, Page
 from desfs.views import Views
 from desfs.xattrs import Xattrs

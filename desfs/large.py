@@ -23,10 +23,11 @@ from des_format.layout import EXTERNAL
 from des_format.plan import plan_gets
 from desfs import metrics
 from desfs.blocks import LARGE_PAYLOAD
-from desfs.container import read_external
+from desfs.container import OpenContainer, read_external
 from desfs.disk_cache import ObjectVersion
 from desfs.errors import ObjectReplaced
-from desfs.fetch import UNIT, Fetcher, Flight, OpenContainer, Piece
+from desfs.fetch import UNIT, Fetcher, Flight
+from desfs.pieces import Piece
 from desfs.store.link import on_its_way
 from desfs.tasks import in_parallel
 

@@ -5,7 +5,6 @@ The decisions are those of desfs.window and desfs.walk; here they meet the conta
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,12 +20,15 @@ import trio
 from des_format.layout import EXTERNAL
 from desfs import metrics
 from desfs.blocks import BLOCK, LARGE_PAYLOAD
+from desfs.container import OpenContainer
 from desfs.errors import DeadlineExceeded
-from desfs.fetch import PIECE, SMALL, Fetcher, OpenContainer, Piece
+from desfs.fetch import PIECE, Fetcher
 from desfs.large import LargePayloads
+from desfs.pieces import SMALL, Piece
 from desfs.push import ASKED, LISTED, PUSHED, Pusher
+from desfs.route import Rest, Route, Run, Stop, Walk
 from desfs.store.link import Link, on_its_way
-from desfs.tree import DayTree, Member
+from desfs.tree import DayTree
 from desfs.walk import Order, entered, following
 from desfs.window import FIRST_WINDOW, Accounts, Scan, Window, rent_size
 
@@ -41,19 +43,7 @@ _MOST = 16
 _AT_ONCE_S = 2.0
 _LEAST_WINDOW = 4 * 1024 * 1024  # whatever the memory is
 _REACH = 2  # round trips, or pieces, that the rest of a day is fetched ahead
-_EVERYTHING = 1 << 62  # a position behind all days
 _LISTINGS = 1000  # that are remembered
-
-
-class Stop(NamedTuple):
-    """A container of a day, and what the day's tree knows of it."""
-
-    container: OpenContainer
-    member: Member
-
-
-# The open containers of a day in the order in which a listing shows them; the same object as long as nothing changes.
-Route = tuple[Stop, ...]
 
 
 class DayShape(NamedTuple):
@@ -65,17 +55,6 @@ class DayShape(NamedTuple):
     inode: Callable[[bytes], int]
 
 
-class _Run(NamedTuple):
-    """The files of one directory in one container: bytes [begin, end) of the container, from the position `start` of a
-    walk on."""
-
-    stop: Stop
-    folder: bytes
-    begin: int
-    end: int
-    start: int
-
-
 @dataclass(slots=True)
 class _Plan:
     """What of a container goes to the kernel when it comes: runs of blocks, but not the rows that are markers."""
@@ -84,101 +63,12 @@ class _Plan:
     markers: set[int] = field(default_factory=set)
 
 
-class _Rest:
-    """What is left of a day that a reader walks through: pieces (container, first block, last block) in the order in
-    which it needs them. They are given out as it comes along."""
-
-    def __init__(self, pieces: Iterable[tuple[OpenContainer, int, int]]) -> None:
-        self._pieces: deque[tuple[int, OpenContainer, int, int]] = deque()
-        self._begins: dict[int, list[tuple[int, int]]] = {}  # by container: (first block, position), ascending
-        at = 0
-        for container, first, last in pieces:
-            self._pieces.append((at, container, first, last))
-            self._begins.setdefault(container.number, []).append((first, at))
-            start, stop = container.blocks.extent(first, last)
-            at += stop - start
-        for begins in self._begins.values():
-            begins.sort()
-
-    def position_of(self, container: OpenContainer, block: int) -> int | None:
-        """Where a block stands in the order, to a piece; None for a container that is not part of it."""
-        begins = self._begins.get(container.number)
-        return None if begins is None else begins[max(bisect_right(begins, (block, _EVERYTHING)) - 1, 0)][1]
-
-    def has_given(self, container: OpenContainer, block: int) -> bool:
-        """Whether a block is in a piece that has been given out."""
-        position = self.position_of(container, block)
-        return position is not None and (not self._pieces or position < self._pieces[0][0])
-
-    def up_to(self, position: int) -> Iterator[tuple[OpenContainer, int, int]]:
-        """The pieces that begin before a position and have not been given out."""
-        while self._pieces and self._pieces[0][0] < position:
-            yield self._pieces.popleft()[1:]
-
-
-class _Walk:
-    """A reader, and what it walks over: runs, one behind the other, as far as they are known."""
-
-    def __init__(self, run: _Run) -> None:
-        self.runs: list[_Run] = []
-        self.known = 0
-        self.scan: Scan
-        self.is_ordered = False
-        self.rest: _Rest | None = None  # once all of the day is to come
-        self.may_have_all = True
-        # The run that would come next, by container and directory, in each order that the reader may follow.
-        self.steps: dict[tuple[int, bytes], Order] | None = None
-        self._places: dict[tuple[int, bytes], int] = {}
-        self._coming: Iterator[tuple[Stop, bytes, int, int]] = iter(())
-        self.add(run.stop, run.folder, run.begin, run.end)
-
-    def add(self, stop: Stop, folder: bytes, begin: int, end: int) -> None:
-        """One more run at the end."""
-        self._places[stop.container.number, folder] = len(self.runs)
-        self.runs.append(_Run(stop, folder, begin, end, self.known))
-        self.known += end - begin
-
-    def run_of(self, container: OpenContainer, folder: bytes) -> _Run | None:
-        """The run of a directory in a container."""
-        place = self._places.get((container.number, folder))
-        return None if place is None else self.runs[place]
-
-    def follow(self, coming: Iterator[tuple[Stop, bytes, int, int]]) -> None:
-        """The order is known: what comes next, to the end of the day."""
-        self._coming = coming
-        self.is_ordered = True
-
-    def know(self, position: int) -> int:
-        """How far the runs are known: up to `position`, if there are as many. No more than that is looked for."""
-        while self.known < position:
-            run = next(self._coming, None)
-            if run is None:
-                break
-            if (run[0].container.number, run[1]) not in self._places:
-                self.add(*run)
-        return self.known
-
-    def between(self, start: int, stop: int) -> Iterator[tuple[_Run, int, int]]:
-        """The runs that have positions of [start, stop), each with the bytes of its container."""
-        for run in reversed(self.runs):
-            if run.start + run.end - run.begin <= start:
-                return
-            if run.start < stop:
-                low = run.begin + max(start - run.start, 0)
-                yield run, low, min(run.end, run.begin + stop - run.start)
-
-    def from_position(self, start: int) -> Iterator[tuple[_Run, int, int]]:
-        """All that the reader will still walk over: the runs, each with the bytes of its container."""
-        self.know(_EVERYTHING)
-        return reversed(list(self.between(start, self.known)))
-
-
 class _Day:
     """What is known of the readers of a day."""
 
     def __init__(self) -> None:
         self.accounts = Accounts()
-        self.walks: deque[_Walk] = deque(maxlen=_WALKS)  # the one that was used last stands last
+        self.walks: deque[Walk] = deque(maxlen=_WALKS)  # the one that was used last stands last
         self.listings: OrderedDict[bytes, float] = OrderedDict()  # when a directory was listed
         self._route: Route = ()
         self._stops: dict[int, Stop] = {}
@@ -310,7 +200,7 @@ class Prefetcher:
             self._open(walk, window)
         return True
 
-    def _come_along(self, walk: _Walk, container: OpenContainer, block: int) -> None:
+    def _come_along(self, walk: Walk, container: OpenContainer, block: int) -> None:
         """A reader who is given all of a day has come to a block: fetch what lies ahead of it now."""
         position = None if walk.rest is None else walk.rest.position_of(container, block)
         if walk.rest is not None and position is not None:
@@ -323,7 +213,7 @@ class Prefetcher:
 
     def _walk_to(
         self, day: _Day, shape: DayShape, container: OpenContainer, folder: bytes, offset: int, cached: bool
-    ) -> _Walk | None:
+    ) -> Walk | None:
         """The reader whose next step is at `offset` of a container, if one is known."""
         for walk in reversed(day.walks):
             run = walk.run_of(container, folder)
@@ -344,7 +234,7 @@ class Prefetcher:
         return walk
 
     def _order_of(
-        self, day: _Day, shape: DayShape, walk: _Walk, container: OpenContainer, folder: bytes
+        self, day: _Day, shape: DayShape, walk: Walk, container: OpenContainer, folder: bytes
     ) -> Iterator[tuple[Stop, bytes, int, int]] | None:
         """What comes after a walk that has gone on to a directory in a container, if that is a step in some order."""
         if walk.steps is None:
@@ -358,7 +248,7 @@ class Prefetcher:
 
     @staticmethod
     def _coming(
-        day: _Day, shape: DayShape, last: _Run, order: Order, top: bytes = b""
+        day: _Day, shape: DayShape, last: Run, order: Order, top: bytes = b""
     ) -> Iterator[tuple[Stop, bytes, int, int]]:
         """The runs behind a run in a walk of `top`: the same directory in the next containers, then the directories
         that follow."""
@@ -387,7 +277,7 @@ class Prefetcher:
         if extent is None:  # a file that is not shown, read by somebody who had it open
             return
         begin, end = extent
-        walk = _Walk(_Run(stop, folder, begin, end, 0))
+        walk = Walk(Run(stop, folder, begin, end, 0))
         at = int(index.data_offset[row]) - begin
         # A listing comes from its start to its end: whoever has had the first names has had a page of them.
         announced = bool(container.pages[int(rows[0])] & LISTED) and at < BLOCK
@@ -422,7 +312,7 @@ class Prefetcher:
                     break
         return found
 
-    def _open(self, walk: _Walk, window: Window) -> None:
+    def _open(self, walk: Walk, window: Window) -> None:
         """Fetch a window, and have it pushed if its reader will need it."""
         marker = window.marker if window.push else None
         for run, low, high in reversed(list(walk.between(window.start, window.stop))):
@@ -444,7 +334,7 @@ class Prefetcher:
             first, last = run.stop.container.blocks.between(run.end, run.end + window.stop - walk.known)
             self._fetcher.fetch_ahead(run.stop.container, first, last)
 
-    def _take_all(self, shape: DayShape, walk: _Walk, window: Window) -> bool:
+    def _take_all(self, shape: DayShape, walk: Walk, window: Window) -> bool:
         """Fetch the rest of a day that somebody walks through, as it comes along. False if nobody knows its way, or
         that is too much."""
         if not walk.is_ordered or not walk.may_have_all or walk.rest is not None:
@@ -460,13 +350,13 @@ class Prefetcher:
             for piece in pieces.get(container, ()):
                 if piece[0] < last and first < piece[1]:
                     order[container, *piece] = None
-        walk.rest = _Rest(order)
+        walk.rest = Rest(order)
         for container in pieces:
             self._mark_for_push(container, self._plans.setdefault(container, _Plan()), 0, len(container.blocks))
         self._give(walk.rest, self._reach())
         return True
 
-    def _give(self, rest: _Rest, position: int) -> None:
+    def _give(self, rest: Rest, position: int) -> None:
         """Fetch the pieces of a rest that begin before a position. One file of each is held back: the read for it,
         answered from memory, tells how far its reader has come."""
         for container, first, last in rest.up_to(position):

@@ -22,8 +22,9 @@ import numpy.typing as npt
 import structlog
 
 from desfs import metrics
-from desfs.fetch import OpenContainer, Piece
+from desfs.container import OpenContainer
 from desfs.inode import file_inode
+from desfs.pieces import Piece
 
 log = structlog.get_logger(__name__)
 

@@ -13,14 +13,14 @@ import trio
 from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import name_problem
 from des_format.shards import CONTAINER_SUFFIX, is_day, parse_container_name
-from desfs.container import LoadedContainer, load_container
+from desfs.container import LoadedContainer, OpenContainer, load_container
 from desfs.day import OPENED_AT_A_TIME, Changes, DayView, RootEntry
 from desfs.errors import NoSuchObject, NoSuchPath, StoreError
-from desfs.fetch import OpenContainer, StoreThreads
 from desfs.inode import Slots
 from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo, Store
+from desfs.store_threads import StoreThreads
 from desfs.tasks import first_of
 
 log = structlog.get_logger(__name__)

@@ -7,8 +7,10 @@ from typing import Any
 
 from des_format.codec import decode_meta
 from des_format.errors import CorruptMeta
+from desfs.container import OpenContainer
 from desfs.errors import NoSuchAttribute, NoSuchNamespace
-from desfs.fetch import Fetcher, OpenContainer, StoreThreads
+from desfs.fetch import Fetcher
+from desfs.store_threads import StoreThreads
 
 _WINDOW = 256 * 1024  # bytes of META in one GET: the metadata of about a thousand neighbours
 _MAX_VALUE = 65536  # XATTR_SIZE_MAX of Linux

@@ -10,14 +10,16 @@ import trio
 import trio.testing
 
 from des_format.shards import parse_container_name
-from desfs.container import load_container
+from desfs.container import OpenContainer, load_container
 from desfs.disk_cache import DiskCache
-from desfs.fetch import Fetcher, OpenContainer, StoreThreads
+from desfs.fetch import Fetcher
 from desfs.inode import directory_inode
-from desfs.prefetch import DayShape, Prefetcher, Stop
+from desfs.prefetch import DayShape, Prefetcher
 from desfs.problems import Problems
+from desfs.route import Stop
 from desfs.store.base import Answer
 from desfs.store.file import FileStore
+from desfs.store_threads import StoreThreads
 from desfs.tree import DayTree, Member
 from tests.mount.stores import WatchedStore
 

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from des_format import CorruptEntry, DesWriter
 from desfs.blocks import BLOCK
+from desfs.container import OpenContainer
 from desfs.errors import DeadlineExceeded, DesfsError, NoSuchObject, ObjectReplaced, StoreUnavailable
-from desfs.fetch import LEAST_AHEAD, PIECE, SMALL, Fetcher, OpenContainer, Piece, PieceCache, StoreThreads
+from desfs.fetch import LEAST_AHEAD, PIECE, Fetcher
+from desfs.pieces import SMALL, Piece, PieceCache
 from desfs.problems import Problems
 from desfs.store.file import FileStore
+from desfs.store_threads import StoreThreads
 from tests.mount.stores import WatchedStore, put_container
 from tests.unit.opened import KEY, Gate, World, until
 

@@ -18,7 +18,9 @@ from des_format import CorruptEntry
 from des_format.layout import HEADER
 from desfs import metrics
 from desfs.blocks import BLOCK
-from desfs.fetch import PIECE, OpenContainer, Piece
+from desfs.container import OpenContainer
+from desfs.fetch import PIECE
+from desfs.pieces import Piece
 from desfs.prefetch import DayShape
 from desfs.push import ASKED, LISTED, PUSHED, PlainQueue, Pusher
 from desfs.store.link import Link, LinkMeter

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from desfs import metrics
-from desfs.fetch import SMALL, Piece
 from desfs.inode import split_file_inode
+from desfs.pieces import SMALL, Piece
 from desfs.push import ASKED, LISTED, PUSHED, PlainQueue, Pusher
 from tests.mount.stores import put_container
 from tests.unit.opened import KEY, World

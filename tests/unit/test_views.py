@@ -15,10 +15,10 @@ import trio.testing
 from des_format import placement_shard, shard_hex
 from desfs.day import Changes, DayView
 from desfs.errors import AccessDenied, DamagedDay, DesfsError, NoSuchPath, StoreError, StoreUnavailable
-from desfs.fetch import StoreThreads
 from desfs.layout import Layout
 from desfs.problems import Problems
 from desfs.store.file import FileStore
+from desfs.store_threads import StoreThreads
 from desfs.tree import DayTree
 from desfs.views import Views
 from tests.fakes.faulty_store import FaultyStore
