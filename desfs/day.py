@@ -12,29 +12,25 @@ for that one. Who finds all that he needs waits for nobody.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import structlog
 import trio
 
 from des_format.errors import NotAContainer
 from des_format.names import name_problem
-from des_format.shards import CONTAINER_SUFFIX, ContainerKey, is_day, parse_container_name
+from des_format.shards import CONTAINER_SUFFIX, ContainerKey, parse_container_name
 from desfs import memory, metrics
 from desfs.changes import changed_folders, changed_paths, shown_paths
-from desfs.container import LoadedContainer, OpenContainer, tail_length
+from desfs.container import OpenContainer, tail_length
 from desfs.errors import AccessDenied, DamagedDay, NoSuchObject, NoSuchPath, ObjectReplaced, StoreError
-from desfs.inode import Slots, preferred_slot
-from desfs.layout import Layout
-from desfs.problems import Problems
+from desfs.inode import preferred_slot
 from desfs.route import Route, Stop
-from desfs.store.base import ObjectInfo, Store
-from desfs.store_threads import StoreThreads
+from desfs.store.base import ObjectInfo
+from desfs.surroundings import Candidate, Changes, Surroundings, began_s, may_grow
 from desfs.tasks import first_of
 from desfs.tree import DayTree, Member
 from desfs.turns import Gate, Turns
@@ -43,7 +39,6 @@ log = structlog.get_logger(__name__)
 
 OPENED_AT_A_TIME = 16  # containers: each costs some 3 MB while its index is parsed
 _OLD_DAY_FACTOR = 60  # days before yesterday are listed again so many times more rarely: they change by accident only
-_OPEN_DAY_S = 2 * 86400.0
 _FEW_TRIPS = 4
 _FEW_GROUPS = 3  # who looks up so many files in different places has an end
 _PARSE_S = 0.002  # of a container of a thousand files: measured
@@ -60,55 +55,6 @@ class File(NamedTuple):
 
     container: OpenContainer
     row: int
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A container as a listing has it."""
-
-    info: ObjectInfo
-    name: ContainerKey
-    ordinal: int
-
-
-class Changes(NamedTuple):
-    """What the kernel has to forget when a day has changed: these names below it, and what it knows of the day and of
-    these directories, in which something came or went."""
-
-    day: bytes
-    paths: list[bytes]
-    folders: list[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class RootEntry:
-    """What the root listing has of a name: a folder, a container, or both. `ordinal` numbers the names in the order in
-    which they were first seen, from 1: positions in the root directory."""
-
-    ordinal: int
-    has_prefix: bool
-    has_object: bool
-
-
-class Surroundings(Protocol):
-    """What the days of a mount share."""
-
-    threads: StoreThreads
-    problems: Problems
-    strict: bool
-    layout: Layout
-    names: dict[str, RootEntry]
-    slots: Slots[OpenContainer]
-    root_mtime_ns: int
-    changes: Counter[str]
-    opening: trio.CapacityLimiter
-    now: Callable[[], float]
-    load_container: Callable[[Store, ObjectInfo], LoadedContainer]
-    on_change: Callable[[Changes], None]
-
-    def retire(self, containers: Iterable[OpenContainer]) -> None:
-        """Let containers that left their day be read for a while by those who have their files open."""
-        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -148,18 +94,15 @@ class DayView:
     @property
     def is_open(self) -> bool:
         """True while files may still come in: today and yesterday, and names that are no days."""
-        return not is_day(self.name) or self._views.now() - self._began_s() < _OPEN_DAY_S
+        return may_grow(self.name, self._views.now())
 
     @property
     def mtime_ns(self) -> int:
         """When the day's directories changed last. A closed day's is its end, which needs no listing; an open one's is
         the LastModified of its newest container. A nanosecond more for each change that was seen: as long as it is the
         same, the kernel goes on with the listing that it has (Linux, fs/fuse/readdir.c)."""
-        shown_ns = self._newest_ns if self.is_open else int((self._began_s() + 86400) * 1_000_000_000)
+        shown_ns = self._newest_ns if self.is_open else int((began_s(self.name) + 86400) * 1_000_000_000)
         return shown_ns + self._views.changes[self.name]
-
-    def _began_s(self) -> float:
-        return datetime.fromisoformat(self.name).replace(tzinfo=UTC).timestamp()
 
     @property
     def route(self) -> Route:

@@ -67,8 +67,8 @@ class Fetcher:
     """Pieces of open containers. Trio thread only, no locks; `run` has to be running.
 
     Invariant: a key is in `_flights` exactly from the call that starts its fetch until the piece is in the cache, or
-    has failed. There is no await between finding no key and inserting it: keep it so. Fetches run in tasks of their
-    own: a reader that is cancelled leaves them to the others.
+    has failed, or somebody has waited for it in vain until the deadline. There is no await between finding no key and
+    inserting it: keep it so. Fetches run in tasks of their own: a reader that is cancelled leaves them to the others.
 
     Memory: what is being fetched and what is kept have `cache_bytes` together, the cache gives way. Fetches ahead take
     three eighths, with those that somebody waits for it is twice that; one alone may be of any size.
@@ -263,16 +263,32 @@ class Fetcher:
 
         Raises: what the fetch raises.
         """
-        piece = self.cache.get(key)
-        if piece is not None:
-            return piece
-        flight = self._flights.get(key) or start()
-        self._want(flight)
-        await self.threads.wait(flight.done)
-        if flight.error is not None:
-            raise flight.error
-        assert flight.piece is not None
-        return flight.piece
+        patience = self.threads.patience()
+        while True:
+            piece = self.cache.get(key)
+            if piece is not None:
+                return piece
+            flight = self._flights.get(key)
+            is_ours = flight is None
+            flight = flight or start()
+            self._want(flight)
+            try:
+                await patience.wait(flight.done)
+            except DeadlineExceeded:
+                self._give_up(flight)
+                raise
+            if flight.piece is not None:
+                return flight.piece
+            assert flight.error is not None
+            # One that had begun before we came may have waited for a store that is well again: another try.
+            if is_ours or not isinstance(flight.error, DeadlineExceeded):
+                raise flight.error
+
+    def _give_up(self, flight: Flight) -> None:
+        """Whoever comes now begins anew, and does not wait for what is stuck."""
+        for key in flight.keys:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
 
     def is_under_way(self, key: Key) -> bool:
         """Whether a block is being fetched."""
@@ -308,8 +324,7 @@ class Fetcher:
                 log.exception("unexpected error in a fetch")
             flight.error = error
         finally:
-            for key in flight.keys:
-                del self._flights[key]
+            self._give_up(flight)
             if flight.error is None and flight.piece is None:  # cancelled: the mount ends
                 flight.error = DeadlineExceeded("the mount is ending")
             if flight.go.is_set():

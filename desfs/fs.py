@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -17,22 +17,17 @@ import numpy.typing as npt
 import structlog
 import trio
 
-from des_format.errors import CorruptEntry, DesFormatError
 from des_format.meta import NO_MODE, NO_TIME
 from desfs import metrics
 from desfs.caches import Caches
-from desfs.changes import same_content
 from desfs.container import OpenContainer
 from desfs.control import CONTROL_NAME, ControlDirectory
-from desfs.day import Changes, DayView, File
+from desfs.day import DayView, File
 from desfs.errors import (
-    DesfsError,
     IsADirectory,
     NoSuchAttribute,
-    NoSuchObject,
     NoSuchPath,
     NotADirectory,
-    ObjectReplaced,
     StaleInode,
     StoreError,
 )
@@ -47,12 +42,16 @@ from desfs.inode import (
     split_file_inode,
 )
 from desfs.levers import LEVERS
+from desfs.moves import Moves, refreshed
 from desfs.prefetch import DayShape, Prefetcher
 from desfs.problems import Problems
 from desfs.push import PageQueue, Pusher
+from desfs.requests import OpenRequests
 from desfs.settings import MountSettings
 from desfs.store.base import Store
 from desfs.store_threads import StoreThreads
+from desfs.surroundings import Changes
+from desfs.totals import Totals
 from desfs.tree import DayTree, Page
 from desfs.views import Views
 from desfs.xattrs import Xattrs
@@ -67,7 +66,8 @@ _SLACK = 32 * 1024 * 1024
 # The kernel keeps what it knows of names and attributes, and is told what to forget: containers are immutable, and the
 # refresh tells what came and went. Not longer, in case that it did not take a notification.
 FOREVER_S = 86400.0
-_MOVES = 4  # of a file from one container to another, while it is read
+# What SIGHUP can change.
+LIVE_SETTINGS = frozenset(("refresh", "deadline", "log_level", "log_format", "log_file"))
 _FORGET_S = 1.0  # that a reader who is told of a change waits for the kernel to forget the old name
 _FORGETTING = 8  # at a time
 _DEFAULT_FILE_MODE = 0o644
@@ -139,6 +139,7 @@ class FileSystem:
     def __init__(self, store: Store, settings: MountSettings) -> None:
         self.settings = settings
         self.problems = Problems()
+        self.requests = OpenRequests()
         self.threads = StoreThreads(store, settings.deadline)
         self.caches = Caches(settings, self.problems)
         self.views = Views(
@@ -147,10 +148,11 @@ class FileSystem:
         payloads = settings.memory - max(settings.memory // 4, min(_SLACK, settings.memory // 2))
         self.fetcher = Fetcher(self.threads, self.problems, payloads, max_gap=settings.max_gap, disk=self.caches.disk)
         self.prefetcher = Prefetcher(self.fetcher, payloads, settings.max_prefetch)
+        self._totals = Totals(self.views)
         self._xattrs = Xattrs(self.threads, self.fetcher)
         self._control = ControlDirectory(self.render_control)
         self._directories: dict[int, tuple[DayView, bytes]] = {}
-        self._gone: set[int] = set()  # slots of containers that are not in the store any more
+        self._moves = Moves(self.views, self._forget_stale)
         self._kernel: KernelCache | None = None
         self._forgetting = trio.CapacityLimiter(_FORGETTING)
         self._started = time.time()
@@ -178,10 +180,19 @@ class FileSystem:
             self.prefetcher.pusher = None
             pusher.stop()
 
-    async def refresh(self) -> None:
-        """List again what is due, and make the kernel forget what has changed. A failure keeps the old view."""
-        changed = await self._refreshed(self.views.refresh_root) or set()
-        changed |= await self._refreshed(self.views.refresh_folders) or set()
+    def reconfigure(self, settings: MountSettings) -> list[str]:
+        """Take over the settings that may change under a mount, LIVE_SETTINGS; the names of the others that differ."""
+        changed = [name for name, value in settings if value != getattr(self.settings, name)]
+        live = {name: getattr(settings, name) for name in LIVE_SETTINGS}
+        self.settings = self.settings.model_copy(update=live)
+        self.threads.deadline_s = settings.deadline
+        return [name for name in changed if name not in LIVE_SETTINGS]
+
+    async def refresh(self, *, everything: bool = False) -> None:
+        """List again what is due, or all that somebody has looked at, and make the kernel forget what has changed. A
+        failure keeps the old view."""
+        changed = await refreshed(self.views.refresh_root) or set()
+        changed |= await refreshed(self.views.refresh_folders) or set()
         if self._kernel is not None and changed:
             self._kernel.forget_attributes(ROOT)
             for name in changed:
@@ -192,8 +203,8 @@ class FileSystem:
         now = trio.current_time()
         for day in self.views.known_days():
             # Half an interval of grace: a day listed just after the last round is not left for one more.
-            if day.due(now + self.settings.refresh / 2, self.settings.refresh):
-                await self._refreshed(day.refresh)
+            if everything or day.due(now + self.settings.refresh / 2, self.settings.refresh):
+                await refreshed(day.refresh)
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
         """The entry `name` of a directory. Raises: NoSuchPath, NotADirectory; StoreError."""
@@ -270,7 +281,7 @@ class FileSystem:
         async def read(container: OpenContainer, row: int) -> bytes | memoryview:
             return await self.prefetcher.read(self._shape_of(container), container, row, offset, size)
 
-        return await self._current(self._file(inode), read)
+        return await self._moves.current(self._file(inode), read)
 
     def _shape_of(self, container: OpenContainer) -> DayShape:
         day = self.views.day_of(container)
@@ -283,7 +294,7 @@ class FileSystem:
         Xattrs.check_name(name)
         if self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
             raise NoSuchAttribute(name.decode("utf-8", "backslashreplace"))
-        values = await self._current(self._file(inode), self._xattrs.of)
+        values = await self._moves.current(self._file(inode), self._xattrs.of)
         if name not in values:
             raise NoSuchAttribute(name.decode("utf-8", "backslashreplace"))
         return values[name]
@@ -292,15 +303,19 @@ class FileSystem:
         """The names of a file's extended attributes; directories have none. Raises: StaleInode; StoreError."""
         if self._control.owns(inode) or is_directory_inode(inode) or inode == ROOT:
             return []
-        return list(await self._current(self._file(inode), self._xattrs.of))
+        return list(await self._moves.current(self._file(inode), self._xattrs.of))
 
     def forget_pages(self, inode: InodeNumber) -> None:
         """Let the kernel ask for a file's bytes again."""
         if self._kernel is not None:
             self._kernel.forget_pages(inode)
 
-    def totals(self) -> tuple[int, int]:
-        """(bytes, files) of the containers that are open: what statfs shows."""
+    async def statfs(self) -> tuple[int, int]:
+        """(bytes of the store, files in the indexes that have been read): nobody knows the others'."""
+        return await self._totals.bytes(), self._open_totals()[1]
+
+    def _open_totals(self) -> tuple[int, int]:
+        """(bytes, files) of the containers that are open."""
         size = files = 0
         for container in self.views.slots:
             size += container.info.size
@@ -319,7 +334,7 @@ class FileSystem:
                 for day in sorted(self.views.known_days(), key=lambda day: day.name)
                 for key, size, state, files in day.containers()
             ]
-        size, files = self.totals()
+        size, files = self._open_totals()
         return {
             "source": self.threads.store.url,
             "uptime_seconds": round(time.time() - self._started, 3),
@@ -329,6 +344,7 @@ class FileSystem:
             "caches": self.caches.state(),
             "link": self.threads.meter.link()._asdict(),
             "levers": LEVERS.report(),
+            "requests": self.requests.state(),
             "metrics": metrics.snapshot(),
         }
 
@@ -453,44 +469,6 @@ class FileSystem:
         control = self._control
         return Attributes(inode, stat.S_IFREG | 0o444, control.size(inode), control.changed_ns(inode), 0.0)
 
-    async def _current(self, file: File, call: Callable[[OpenContainer, int], Awaitable[T]]) -> T:
-        """The result of a call that reads a file. Where its container was replaced or removed, its day is listed again,
-        and the same content is read from the container that has it now, if one has: after a merge an open file goes on.
-
-        Raises: StaleInode when no container has it; what the call raises.
-        """
-        shown = file
-        for _ in range(_MOVES):
-            container = shown.container
-            day = self.views.day_of(container)
-            is_current = day is not None and day.has(container)
-            if is_current or container.slot not in self._gone:
-                damage: CorruptEntry | None = None
-                try:
-                    answer = await call(*shown)
-                    # No await between the call's last look at the container's external objects and this one.
-                    if not container.outdated:
-                        return answer
-                except CorruptEntry as error:
-                    damage = error  # unless what it should be has changed as well
-                except (ObjectReplaced, NoSuchObject) as error:
-                    log.info("a container is not what it was", key=container.info.key, error=str(error))
-                if day is not None and is_current:
-                    await self._refreshed(partial(day.refresh, unless_since=trio.current_time()))
-                    if container.outdated and damage is None:
-                        await self._refreshed(partial(day.reopen, container))
-                if damage is not None and not container.outdated and (day is None or day.has(container)):
-                    raise damage
-                if day is None or not day.has(container):
-                    self._gone = {slot for slot in self._gone if self.views.slots.get(slot) is not None}
-                    self._gone.add(container.slot)
-            successor = None if day is None else await self._successor(day, file)
-            if successor is None or successor == shown:
-                break
-            shown = successor
-        await self._forget_stale(file)
-        raise StaleInode(f"{file.container.info.key} was replaced or removed")
-
     async def _forget_stale(self, file: File) -> None:
         """Whoever is told that a file is stale, and opens it again at once, must not get the same inode: the kernel has
         forgotten it when this returns."""
@@ -503,29 +481,6 @@ class FileSystem:
             await trio.to_thread.run_sync(
                 self._kernel.drop_entry, parent, name, abandon_on_cancel=True, limiter=self._forgetting
             )
-
-    async def _successor(self, day: DayView, file: File) -> File | None:
-        """What the path of a file shows now, if that has the file's content."""
-        loaded = file.container.loaded
-        try:
-            found = await day.find(loaded.index.name(file.row))
-        except NoSuchPath:
-            return None
-        if found is None:
-            return None
-        new = found.container.loaded
-        is_same = same_content(loaded.index, loaded.meta, file.row, new.index, new.meta, found.row)
-        return found if is_same else None
-
-    async def _refreshed(self, refresh: Callable[[], Awaitable[T]]) -> T | None:
-        """What a refresh gives; None if it fails, and nothing of the mount ends with it."""
-        try:
-            return await refresh()
-        except (DesfsError, DesFormatError) as error:
-            log.warning("refresh failed, the last view stays", error=str(error))
-        except Exception:
-            log.exception("unexpected error in a refresh, the last view stays")
-        return None
 
     def _forget(self, changes: Changes) -> None:
         if self._kernel is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from desfs.errors import UsageError
 from desfs.settings import StoreSettings
 
 _SYSLOG = "/dev/log"
@@ -17,10 +18,14 @@ _SYSLOG = "/dev/log"
 
 def configure_logs(settings: StoreSettings, *, detached: bool = False) -> None:
     """Send everything, of the libraries too, to stderr or `log_file`; a daemon without a terminal and without a file
-    logs to the system's log, where there is one. Raises: OSError for a log file that cannot be opened."""
+    logs to the system's log, where there is one. Called again, it opens a `log_file` that was moved away anew. Raises:
+    UsageError for one that cannot be opened."""
     handler: logging.Handler
     if settings.log_file is not None:
-        handler = logging.FileHandler(settings.log_file, encoding="utf-8", errors="backslashreplace")
+        try:
+            handler = logging.FileHandler(settings.log_file, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise UsageError(f"log file {settings.log_file}: {error.strerror}") from error
     elif detached and os.path.exists(_SYSLOG):
         handler = logging.handlers.SysLogHandler(_SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
         handler.ident = f"desfs[{os.getpid()}]: "
@@ -53,6 +58,8 @@ def configure_logs(settings: StoreSettings, *, detached: bool = False) -> None:
         cache_logger_on_first_use=True,
     )
     root = logging.getLogger()
+    for before in root.handlers:
+        before.close()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
     # What the SDKs tell of every request is for their own authors.

@@ -8,19 +8,23 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pyfuse3
 import structlog
 import trio
 
 from desfs import memory
+from desfs.dump import dump_state
 from desfs.errors import DesfsError, StoreUnavailable
 from desfs.fs import FileSystem
 from desfs.levers import LEVERS
-from desfs.mountpoint import Mounted, mounted_at
+from desfs.mountpoint import mounted_at, unmount
 from desfs.operations import KernelNotifier, Operations
-from desfs.settings import MountSettings
+from desfs.service_manager import ServiceManager
+from desfs.settings import MountSettings, unknown_variables
 from desfs.store import open_store
+from desfs.store.retrying import Retrying
 from desfs.tasks import first_of
 
 log = structlog.get_logger(__name__)
@@ -33,7 +37,12 @@ _MAX_TASKS = 1000
 _SMALL_MEMORY = 128 * 1024 * 1024
 # A thread that checks what has come must not keep the kernel waiting: Python's 5 ms are a hundred requests.
 _SWITCH_S = 0.001
+_UNMOUNT_S = 3.0  # for fusermount3, once and once more: with the next line all ends within ten seconds
 _END_S = 2.0  # for requests under way when a signal comes; pyfuse3 by itself waits for them as long as they take
+
+_WATCH_S = 5.0
+# A call of the store takes two deadlines at most, and a request has two one behind the other at worst.
+_LATE = 4
 
 
 class MountFailed(DesfsError):
@@ -52,20 +61,38 @@ def fuse_options(source: str, settings: MountSettings) -> set[str]:
     return options
 
 
-def serve(source: str, mountpoint: str, settings: MountSettings, ready: Callable[[], None]) -> None:
+def serve(
+    source: str,
+    mountpoint: str,
+    settings: MountSettings,
+    ready: Callable[[], None],
+    *,
+    reload: Callable[[], MountSettings],
+    manager: ServiceManager,
+) -> None:
     """Mount and serve until somebody unmounts, or SIGTERM or SIGINT comes; `ready` is called when the root answers.
 
-    After a crash the mount stays in place, dead (ENOTCONN): an empty directory in its stead would look like a store
-    without files. Raises: StoreError, MountFailed, DesfsError: nothing was mounted, or the mount is dead.
+    SIGHUP takes over what `reload` gives, and refreshes; SIGUSR1 writes the state to the log. After a crash the mount
+    stays in place, dead (ENOTCONN): an empty directory in its stead would look like a store without files. Raises:
+    StoreError, MountFailed, DesfsError: nothing was mounted, or the mount is dead.
     """
     memory.limit_arenas()
     sys.setswitchinterval(_SWITCH_S)
-    trio.run(_serve, source, mountpoint, settings, ready)
+    trio.run(_serve, source, mountpoint, settings, ready, reload, manager)
 
 
-async def _serve(source: str, mountpoint: str, settings: MountSettings, ready: Callable[[], None]) -> None:
+async def _serve(
+    source: str,
+    mountpoint: str,
+    settings: MountSettings,
+    ready: Callable[[], None],
+    reload: Callable[[], MountSettings],
+    manager: ServiceManager,
+) -> None:
     if settings.memory <= _SMALL_MEMORY:
         memory.keep_small()
+    for problem in unknown_variables():
+        log.warning("a variable is ignored", problem=problem)
     store = open_store(source, settings.s3_options(), deadline_s=min(_START_S, settings.deadline))
     fs = FileSystem(store, settings)
     with trio.move_on_after(_START_LIMIT_S) as limit:
@@ -79,49 +106,132 @@ async def _serve(source: str, mountpoint: str, settings: MountSettings, ready: C
             pyfuse3.init(operations, mountpoint, fuse_options(source, settings))
         except RuntimeError as error:
             raise MountFailed(f"cannot mount at {mountpoint}: {message() or error}") from error
-    ours = mounted_at(mountpoint)
+    daemon = _Daemon(store, fs, mountpoint, reload, manager)
     unmount = False
     try:
         try:
-            async with trio.open_nursery() as nursery:
-                requests = trio.CancelScope()
-                nursery.start_soon(_answer_signals, requests)
-                await nursery.start(fs.run, KernelNotifier())
-                nursery.start_soon(_announce, mountpoint, ours, ready)
-                with requests:
-                    await pyfuse3.main(max_tasks=_MAX_TASKS)
-                nursery.cancel_scope.cancel()
+            await daemon.run(ready)
         except ExceptionGroup as group:
             raise first_of(group) from None
-        unmount = _is_still(ours, mountpoint)
+        unmount = daemon.is_still_mounted()
     finally:
         pyfuse3.close(unmount=unmount)
         store.close()
 
 
-async def _answer_signals(requests: trio.CancelScope) -> None:
-    """End the main loop; requests that take too long are given up, and the kernel tells those who wait for them."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("unmounting", signal=signal.Signals(number).name)
-            pyfuse3.terminate()
-            requests.deadline = min(requests.deadline, trio.current_time() + _END_S)
+class _Daemon:
+    """A mount that serves: its tasks, and what signals do to it."""
 
+    def __init__(
+        self,
+        store: Retrying,
+        fs: FileSystem,
+        mountpoint: str,
+        reload: Callable[[], MountSettings],
+        manager: ServiceManager,
+    ) -> None:
+        self._store = store
+        self._fs = fs
+        self._mountpoint = mountpoint
+        self._mounted = mounted_at(mountpoint)
+        self._reload = reload
+        self._manager = manager
+        self._requests = trio.CancelScope()
 
-async def _announce(mountpoint: str, ours: Mounted | None, ready: Callable[[], None]) -> None:
-    """Say ready when the root answers through the kernel, not before."""
-    await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
-    if ours is not None:
-        LEVERS.raise_read_ahead(ours.device)
-    log.info("mounted", mountpoint=mountpoint, levers=LEVERS.report())
-    ready()
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serve until the kernel or a signal ends the session."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._answer_signals, nursery)
+            await nursery.start(self._fs.run, KernelNotifier())
+            nursery.start_soon(self._announce, ready)
+            nursery.start_soon(self._watch)
+            with self._requests:
+                await pyfuse3.main(max_tasks=_MAX_TASKS)
+            self._manager.stopping("unmounted")
+            nursery.cancel_scope.cancel()
 
+    def is_still_mounted(self) -> bool:
+        """False when somebody has unmounted us, or mounted something else there meanwhile: a late exit must not take
+        down a successor."""
+        now = mounted_at(self._mountpoint)
+        return now is not None and self._mounted is not None and now.mount_id == self._mounted.mount_id
 
-def _is_still(ours: Mounted | None, mountpoint: str) -> bool:
-    """False when somebody has unmounted us, or mounted something else there meanwhile: a late exit must not take down a
-    successor."""
-    now = mounted_at(mountpoint)
-    return now is not None and ours is not None and now.mount_id == ours.mount_id
+    async def _answer_signals(
+        self, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        ends = (signal.SIGTERM, signal.SIGINT)
+        with trio.open_signal_receiver(*ends, signal.SIGHUP, signal.SIGUSR1) as signals:
+            task_status.started()
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    await self._take_settings(nursery)
+                elif number == signal.SIGUSR1:
+                    dump_state(self._fs)
+                else:
+                    await self._end(signal.Signals(number).name)
+
+    async def _end(self, why: str) -> None:
+        """Unmount, and end the main loop; requests that take too long are given up, and the kernel tells those who wait
+        for them."""
+        log.info("unmounting", mountpoint=self._mountpoint, signal=why)
+        self._manager.stopping("unmounting")
+        if self.is_still_mounted():
+            try:
+                await trio.to_thread.run_sync(self._unmount, False)
+            except DesfsError as busy:
+                log.warning("unmounting lazily: whoever still uses the mount gets errors from now on", reason=str(busy))
+                try:
+                    await trio.to_thread.run_sync(self._unmount, True)
+                except DesfsError as error:
+                    log.error("not unmounted: libfuse tries once more at the end", reason=str(error))
+        pyfuse3.terminate()
+        self._requests.deadline = min(self._requests.deadline, trio.current_time() + _END_S)
+
+    def _unmount(self, lazy: bool) -> None:
+        unmount(self._mountpoint, lazy=lazy, limit_s=_UNMOUNT_S)
+
+    async def _take_settings(self, nursery: trio.Nursery) -> None:
+        """Read the settings again; those that make no sense leave all as it is."""
+        log.info("reloading the settings")
+        self._manager.reloading()
+        try:
+            settings = self._reload()
+        except DesfsError as error:
+            log.error("the settings make no sense, the old ones hold", error=str(error))
+        else:
+            later = self._fs.reconfigure(settings)
+            self._store.deadline_s = settings.deadline
+            if later:
+                log.warning("these settings take effect with the next mount", settings=sorted(later))
+            log.info("reloaded the settings")
+        self._manager.ready(self._status())
+        nursery.start_soon(partial(self._fs.refresh, everything=True))
+
+    async def _announce(self, ready: Callable[[], None]) -> None:
+        """Say ready when the root answers through the kernel, not before."""
+        await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+        if self._mounted is not None:
+            LEVERS.raise_read_ahead(self._mounted.device)
+        log.info("mounted", mountpoint=self._mountpoint, levers=LEVERS.report())
+        self._manager.ready(self._status())
+        ready()
+
+    def _status(self) -> str:
+        return f"{self._store.url} is mounted at {self._mountpoint}"
+
+    async def _watch(self) -> None:
+        """Tell the service manager that the event loop turns, and the log when a request takes longer than any may. A
+        manager that hears nothing ends us: not because of a store that does not answer, that is no fault of ours."""
+        interval_s = _WATCH_S if self._manager.watchdog_s is None else min(self._manager.watchdog_s / 3, _WATCH_S)
+        is_late = False
+        while True:
+            oldest = self._fs.requests.oldest()
+            limit_s = _LATE * self._fs.settings.deadline
+            if oldest is not None and oldest.age_s > limit_s and not is_late:
+                log.error("a request takes too long", operation=oldest.operation, age_s=round(oldest.age_s, 1))
+            is_late = oldest is not None and oldest.age_s > limit_s
+            self._manager.alive()
+            await trio.sleep(interval_s)
 
 
 @contextlib.contextmanager

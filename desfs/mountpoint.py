@@ -11,9 +11,12 @@ import subprocess
 from dataclasses import dataclass
 
 from desfs.errors import DesfsError, UsageError
+from desfs.hanging import Call, look
 
 FS_TYPE = "fuse.desfs"
+FUSE_CONF = "/etc/fuse.conf"
 _UNMOUNT_TIMEOUT_S = 10.0
+_LOOK_S = 5.0  # for a live mount to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +47,31 @@ def check_mountpoint(path: str) -> str:
     Raises: UsageError naming what is wrong.
     """
     absolute = _real(path)
+    mounted = mounted_at(absolute)
+    if mounted is not None and mounted.fs_type == "autofs":
+        # An automount unit's, for us to cover. statfs(2) would wait for the mount that we are about to make.
+        return absolute
+    if mounted is not None and mounted.fs_type.startswith("fuse"):
+        what = f"{mounted.source} ({mounted.fs_type}) is mounted there"
+        # The kernel may answer stat for a dead daemon, from what it remembers.
+        outcomes = look([Call("stat", absolute), Call("statvfs", absolute)], limit_s=_LOOK_S)
+        # ECONNABORTED: the daemon is dying right now.
+        is_dead = any(outcome.errno in (errno.ENOTCONN, errno.ECONNABORTED) for outcome in outcomes)
+        if not is_dead or mounted.fs_type != FS_TYPE:
+            how = "" if all(outcome.answered for outcome in outcomes) else f", and does not answer within {_LOOK_S:g} s"
+            raise UsageError(f"mount point {path} is busy: {what}{how}")
+        unmount(absolute, lazy=True)
+        return check_mountpoint(path)
     try:
         status = os.stat(absolute)
-        os.statvfs(absolute)  # the kernel may answer stat for a dead daemon, from what it remembers
     except FileNotFoundError:
         raise UsageError(f"mount point {path} does not exist") from None
     except OSError as error:
-        mounted = mounted_at(absolute)
-        # ECONNABORTED: the daemon is dying right now.
-        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED) and mounted is not None and mounted.fs_type == FS_TYPE:
-            unmount(absolute, lazy=True)
-            return check_mountpoint(path)
         raise UsageError(f"mount point {path}: {error.strerror}") from error
     if not stat.S_ISDIR(status.st_mode):
         raise UsageError(f"mount point {path} is no directory")
-    absolute = os.path.realpath(absolute)
-    mounted = mounted_at(absolute)
-    # autofs is what an automount unit puts there for us to cover; anything else of FUSE is somebody's live mount.
-    if mounted is not None and mounted.fs_type.startswith("fuse"):
-        raise UsageError(f"mount point {path} is busy: {mounted.source} ({mounted.fs_type}) is mounted there")
-    return absolute
+    final = os.path.realpath(absolute)
+    return final if final == absolute else check_mountpoint(final)
 
 
 def _real(path: str) -> str:
@@ -73,7 +81,7 @@ def _real(path: str) -> str:
     return os.path.join(os.path.realpath(folder), name)
 
 
-def unmount(path: str, *, lazy: bool = False) -> None:
+def unmount(path: str, *, lazy: bool = False, limit_s: float = _UNMOUNT_TIMEOUT_S) -> None:
     """Unmount what is at a path, with fusermount3, which needs no privilege for one's own mount.
 
     Raises: DesfsError with the tool's message.
@@ -82,13 +90,22 @@ def unmount(path: str, *, lazy: bool = False) -> None:
         raise DesfsError(f"{path}: nothing is mounted there")
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_UNMOUNT_TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except FileNotFoundError:
         raise DesfsError("fusermount3 is not installed (Debian and Ubuntu: the package fuse3)") from None
     except subprocess.TimeoutExpired:
-        raise DesfsError(f"{path}: unmounting takes longer than {_UNMOUNT_TIMEOUT_S:g} s") from None
+        raise DesfsError(f"{path}: unmounting takes longer than {limit_s:g} s") from None
     if done.returncode != 0:
         raise DesfsError(f"{path}: {done.stderr.strip() or f'fusermount3 ended with {done.returncode}'}")
+
+
+def user_allow_other() -> bool:
+    """Whether ordinary users may let others use their mounts: fuse.conf, as fusermount3 reads it."""
+    try:
+        with open(FUSE_CONF, encoding="utf-8", errors="replace") as lines:
+            return any(line.partition("#")[0].strip() == "user_allow_other" for line in lines)
+    except OSError:  # as fusermount3: none is one without lines
+        return False
 
 
 def _unescaped(field: str) -> str:

@@ -23,6 +23,7 @@ from desfs.fs import FOREVER_S, Attributes, EntryPage, FileSystem
 from desfs.inode import NOTHING, ROOT, InodeNumber
 from desfs.levers import LEVERS
 from desfs.push import LeverQueue, PageQueue, PlainQueue
+from desfs.requests import OpenRequests
 from desfs.settings import MountSettings
 
 log = structlog.get_logger(__name__)
@@ -38,14 +39,16 @@ _MAX_NAME = 255
 
 
 def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
-    """The one wrapper of every handler: counts, turns errors into FUSEError, logs what it does not know. Nothing but
-    FUSEError and cancellation gets out: any other exception would end pyfuse3's main loop."""
+    """The one wrapper of every handler: counts, knows what is open, turns errors into FUSEError, logs what it does not
+    know. Nothing but FUSEError and cancellation gets out: any other exception would end pyfuse3's main loop."""
 
     def wrap(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         done = metrics.REQUESTS.labels(operation, "OK")
 
         @functools.wraps(handler)
         async def handled(*arguments: P.args, **options: P.kwargs) -> R:
+            requests: OpenRequests = arguments[0].requests  # type: ignore[attr-defined]
+            number = requests.begin(operation)
             try:
                 answer = await handler(*arguments, **options)
             except (DesfsError, DesFormatError) as error:
@@ -61,6 +64,8 @@ def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Cal
                 log.exception("unexpected error", operation=operation)
                 _count(operation, errno.EIO)
                 raise pyfuse3.FUSEError(errno.EIO) from None
+            finally:
+                requests.end(number)
             done.inc()
             return answer
 
@@ -81,6 +86,7 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, fs: FileSystem, settings: MountSettings) -> None:
         super().__init__()
+        self.requests = fs.requests
         self._fs = fs
         self._uid = settings.uid
         self._gid = settings.gid
@@ -184,7 +190,7 @@ class Operations(pyfuse3.Operations):
 
     @reply("statfs")
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        size, files = self._fs.totals()
+        size, files = await self._fs.statfs()
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = _STATFS_BLOCK
         data.f_blocks = -(-size // _STATFS_BLOCK)

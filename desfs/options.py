@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 from desfs.errors import UsageError
 
@@ -42,6 +43,10 @@ _NO_MEANING = frozenset(
         "nonempty",
     }
 )
+# Who mounts, as mount(8) writes it for `user` mounts; SELinux labels and the type, which libfuse is not asked for.
+_NO_MEANING_WITH_VALUE = frozenset(
+    ("context", "fscontext", "defcontext", "rootcontext", "subtype", "user", "helper", "uhelper", "comment")
+)
 FLAGS = frozenset(("allow_other", "noexec", "no_sign_request", "strict"))
 
 
@@ -69,6 +74,7 @@ OPTION_HELP = {
     "strict": "a day with a damaged container answers EIO",
     "fsname": "source shown by findmnt (SOURCE)",
     "levers": "auto, or off: the kernel asks for every open (auto)",
+    "config": "TOML file of settings; options and DESFS_* variables win (none)",
     "log_level": "debug, info, warning or error (info)",
     "log_format": "text or json (text)",
     "log_file": "file to log to (stderr with -f, else syslog)",
@@ -93,21 +99,23 @@ def split_options(text: str) -> list[str]:
     return [option for option in [*options, current] if option]
 
 
-def parse_options(lists: list[str], known: frozenset[str]) -> dict[str, str]:
-    """The settings out of several `-o` lists, the last of a name winning; `known` are the settings' names.
+def parse_options(lists: list[str], known: frozenset[str], *, sloppy: bool = False) -> tuple[dict[str, str], list[str]]:
+    """The settings out of several `-o` lists, the last of a name winning; `known` are the settings' names. Also the
+    options that are not known, which `sloppy` lets pass (mount(8), -s).
 
     Raises: UsageError for an unknown option (with the nearest known one), a flag with a value, a setting without one.
     """
     settings: dict[str, str] = {}
+    unknown: list[str] = []
     for option in (option for text in lists for option in split_options(text)):
         name, equals, value = option.partition("=")
-        if name.startswith("x-") or (not equals and name in _NO_MEANING) or name in ("context", "subtype"):
+        if name.lower().startswith("x-") or (not equals and name in _NO_MEANING) or name in _NO_MEANING_WITH_VALUE:
             continue
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known | _NO_MEANING, 1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise UsageError(f"unknown mount option {name!r}{hint}")
-        if name in FLAGS:
+        if name not in known and sloppy:
+            unknown.append(name)
+        elif name not in known:
+            raise UsageError(f"unknown mount option {name!r}{did_you_mean(name, known | _NO_MEANING)}")
+        elif name in FLAGS:
             if equals and value not in ("true", "false", "0", "1"):
                 raise UsageError(f"mount option {name} takes no value")
             settings[name] = value or "true"
@@ -115,4 +123,10 @@ def parse_options(lists: list[str], known: frozenset[str]) -> dict[str, str]:
             raise UsageError(f"mount option {name} needs a value: {name}=…")
         else:
             settings[name] = value
-    return settings
+    return settings, unknown
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to add to the message that a name is not known: the nearest one, or nothing."""
+    nearest = difflib.get_close_matches(name, sorted(known), 1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -1,18 +1,23 @@
-"""Settings of the daemons, parsed once: from the command line, then `DESFS_*` variables, then the defaults here."""
+"""Settings of the daemons and commands, parsed once: from the command line, then `DESFS_*` variables, then a TOML file
+(`config`), then the defaults here."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
-from typing import Annotated, Any, Literal
+import tomllib
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from des_format.layout import BIG_FILE_THRESHOLD
 from des_format.plan import DEFAULT_MAX_GAP
+from desfs.errors import UsageError
+from desfs.options import did_you_mean
 from desfs.store.base import S3Options
 
 _NO_ID = 2**32 - 1  # -1 as the kernel's 32-bit ids have it: nobody's
@@ -58,7 +63,22 @@ def check_redis(url: SecretStr) -> SecretStr:
     return url
 
 
+def check_timezone(name: str) -> str:
+    """A name of the time zone database; UTC needs none, which a container image may lack."""
+    if name == "UTC":
+        return name
+    from zoneinfo import ZoneInfo  # not for mounts, which have to start fast
+
+    try:
+        return ZoneInfo(name).key
+    except (LookupError, ValueError, OSError) as error:
+        raise ValueError(f"{name!r} is no name of the time zone database") from error
+
+
+_PREFIX = "DESFS_"
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Timezone = Annotated[str, AfterValidator(check_timezone)]
 Redis = Annotated[SecretStr, AfterValidator(check_redis)]
 Octal = Annotated[int, BeforeValidator(parse_octal), Field(ge=0, le=0o7777)]
 
@@ -66,7 +86,7 @@ Octal = Annotated[int, BeforeValidator(parse_octal), Field(ge=0, le=0o7777)]
 class StoreSettings(BaseSettings):
     """How to reach a store. S3 credentials come from the usual AWS environment and profiles alone."""
 
-    model_config = SettingsConfigDict(env_prefix="DESFS_", extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     endpoint_url: str | None = None
     region: str | None = None
@@ -75,6 +95,7 @@ class StoreSettings(BaseSettings):
     no_sign_request: bool = False
     ca_bundle: str | None = None
     deadline: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    config: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     log_file: str | None = None
@@ -128,3 +149,95 @@ class PackerSettings(StoreSettings):
     timezone: str = "UTC"
     node_id: int = Field(default=0, ge=0, le=255)
     holder: str = ""
+
+
+class ImportSettings(StoreSettings):
+    """Options of an import. Sizes are bytes."""
+
+    max_container_bytes: Size = 256 * 1024 * 1024
+    max_container_files: int = Field(default=65_536, ge=1)
+    max_file_size: Size = 5 * 1024**4  # S3 holds no larger object
+    big_file_threshold: Annotated[Size, Field(ge=1)] = BIG_FILE_THRESHOLD
+    shard_bits: int | None = Field(default=None, ge=1, le=32)
+    timezone: Timezone = "UTC"
+
+
+# The tables that a settings file may have: what stands in one is for that program alone.
+SECTIONS: dict[str, type[StoreSettings]] = {
+    "mount": MountSettings,
+    "packer": PackerSettings,
+    "import": ImportSettings,
+}
+
+S = TypeVar("S", bound=StoreSettings)
+
+
+def load_settings(kind: type[S], given: Mapping[str, Any], name_of: Callable[[str], str]) -> S:
+    """The settings of one program: those `given` on its command line, then the environment's, then those of the file
+    that `config` names, which may stand in any of the first two. `name_of` a setting is what its option is called.
+
+    Raises: UsageError naming the option, the variable or the file's key that makes no sense.
+    """
+    path = given.get("config") or os.environ.get(f"{_PREFIX}CONFIG")
+    from_file = {} if path is None else read_config(path, kind)
+    merged = {name: value for name, value in from_file.items() if f"{_PREFIX}{name.upper()}" not in os.environ}
+    merged |= given
+    try:
+        return kind(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        origin = (
+            name_of(name)
+            if name in given
+            else f"{path}: {name}"
+            if name in merged
+            else f"{_PREFIX}{name.upper()} in the environment"
+        )
+        raise UsageError(f"{origin}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def read_config(path: str, kind: type[StoreSettings]) -> dict[str, Any]:
+    """The settings for a program in a TOML file: those outside of tables, which hold for every program that has them,
+    and those in its own table, which win.
+
+    Raises: UsageError naming the file, and the line of what is no TOML or the key that nobody knows.
+    """
+    try:
+        with open(path, "rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"settings file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"settings file {path}: {error}") from error
+    tables = {name: document.pop(name) for name in SECTIONS if name in document}
+    everybody = {name for each in SECTIONS.values() for name in each.model_fields} - {"config"}
+    _check_keys(path, "", document, everybody)
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"settings file {path}: {name} is a table: [{name}]")
+        _check_keys(path, f"[{name}] ", table, SECTIONS[name].model_fields.keys() - {"config"})
+    found = {name: value for name, value in document.items() if name in kind.model_fields}
+    for name, each in SECTIONS.items():
+        if issubclass(kind, each):
+            found |= tables.get(name, {})
+    return found
+
+
+def unknown_variables() -> list[str]:
+    """What is wrong with the `DESFS_*` variables that no program of this package reads, each with the nearest that one
+    does. They are no errors: whoever starts a program may set such variables for reasons of its own (Kubernetes does,
+    for every service)."""
+    known = {name.upper() for each in SECTIONS.values() for name in each.model_fields}
+    found = sorted(name.removeprefix(_PREFIX) for name in os.environ if name.startswith(_PREFIX))
+    return [
+        f"{_PREFIX}{name} in the environment is no setting{did_you_mean(name.upper(), known)}"
+        for name in found
+        if name.upper() not in known
+    ]
+
+
+def _check_keys(path: str, table: str, found: Mapping[str, Any], known: set[str]) -> None:
+    for name in found:
+        if name not in known:
+            raise UsageError(f"settings file {path}: {table}{name} is no setting{did_you_mean(name, known)}")

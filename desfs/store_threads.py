@@ -24,9 +24,7 @@ class StoreThreads:
     def __init__(self, store: Store, deadline_s: float = 60.0, limit: int = STORE_THREADS) -> None:
         self.meter = LinkMeter()
         self.store: Store = Measured(store, self.meter)
-        # The store ends its tries by the deadline, and a try by its time-outs. A server that sends a byte now and then
-        # escapes both: twice the deadline ends any call.
-        self._limit_s = 2 * deadline_s
+        self.deadline_s = deadline_s
         self._metadata = trio.CapacityLimiter(limit)
         self._payloads = trio.CapacityLimiter(limit)
 
@@ -38,14 +36,34 @@ class StoreThreads:
         """Call a blocking function that brings payloads. Raises: as run."""
         return await self._call(self._payloads, partial(function, *arguments, **options))
 
-    async def wait(self, event: trio.Event) -> None:
-        """Wait for what a call brings to somebody else, no longer than a call may take. Raises: DeadlineExceeded."""
-        with trio.move_on_after(self._limit_s):
-            await event.wait()
-            return
-        raise DeadlineExceeded(f"{self.store.url}: no answer within {self._limit_s:g} s")
+    def patience(self) -> Patience:
+        """Of somebody who begins to wait now."""
+        return Patience(self)
 
     async def _call(self, limiter: trio.CapacityLimiter, call: Callable[[], T]) -> T:
-        with trio.move_on_after(self._limit_s):
+        # The store ends its tries by the deadline, and a try by its time-outs. A server that sends a byte now and then
+        # escapes both: twice the deadline ends any call.
+        with trio.move_on_after(2 * self.deadline_s):
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
-        raise DeadlineExceeded(f"{self.store.url}: no answer within {self._limit_s:g} s")
+        raise DeadlineExceeded(f"{self.store.url}: no answer within {2 * self.deadline_s:g} s")
+
+
+class Patience:
+    """How long a reader waits for what calls bring: the deadline, and as long again if the store has sent something
+    meanwhile. Then it is slow, and not silent."""
+
+    def __init__(self, threads: StoreThreads) -> None:
+        self._threads = threads
+        self._began = trio.current_time()
+        self._answers = threads.meter.answers
+
+    async def wait(self, event: trio.Event) -> None:
+        """Raises: DeadlineExceeded."""
+        deadline_s = self._threads.deadline_s
+        for limit_s in (deadline_s, 2 * deadline_s):
+            with trio.move_on_at(self._began + limit_s):
+                await event.wait()
+                return
+            if self._threads.meter.answers == self._answers:
+                break
+        raise DeadlineExceeded(f"{self._threads.store.url}: no answer within {limit_s:g} s")

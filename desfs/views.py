@@ -14,13 +14,14 @@ from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import name_problem
 from des_format.shards import CONTAINER_SUFFIX, is_day, parse_container_name
 from desfs.container import LoadedContainer, OpenContainer, load_container
-from desfs.day import OPENED_AT_A_TIME, Changes, DayView, RootEntry
+from desfs.day import OPENED_AT_A_TIME, DayView
 from desfs.errors import NoSuchObject, NoSuchPath, StoreError
 from desfs.inode import Slots
 from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo, Store
 from desfs.store_threads import StoreThreads
+from desfs.surroundings import Changes, RootEntry, may_grow
 from desfs.tasks import first_of
 
 log = structlog.get_logger(__name__)
@@ -53,6 +54,7 @@ class Views:
         self.layout = Layout()
         self.names: dict[str, RootEntry] = {}
         self.slots: Slots[OpenContainer] = Slots()
+        self.root_bytes = 0  # of the containers in the root
         self.root_mtime_ns = 0  # of no two root listings the same
         self.changes: Counter[str] = Counter()  # of each day, this mount's; a day that went and came again has changed
         self._days: dict[str, DayView] = {}
@@ -77,6 +79,7 @@ class Views:
                 for info in listing.objects
                 if info.key.endswith(CONTAINER_SUFFIX)
             }
+            self.root_bytes = sum(info.size for info in listing.objects if info.key.endswith(CONTAINER_SUFFIX))
             names: dict[str, RootEntry] = {}
             for name in sorted(prefixes | objects):
                 problem = name_problem(name.encode("utf-8", "surrogateescape"))
@@ -139,6 +142,10 @@ class Views:
     def is_current(self, view: DayView) -> bool:
         """False for a view whose name has left the root."""
         return self._days.get(view.name) is view
+
+    def is_open(self, name: str) -> bool:
+        """Whether files may still come into a day."""
+        return may_grow(name, self.now())
 
     def known(self, name: str) -> DayView | None:
         """The view of a name that somebody has looked at, as long as it is in the root."""

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests import servers
+from tests.fakes.certificates import make_certificate
 
 OWN_LOGGERS = ("des_format", "desfs", "assignment")
 MARKERS = {"s3": "s3", "bucket": "s3", "redis": "redis", "mount_dir": "fuse"}
@@ -131,3 +132,9 @@ def mount_dir(tmp_path: Path) -> Iterator[servers.MountPoint]:
     """A directory to mount on; afterwards it is no mount point, and its daemons have ended (`servers.mount_point`)."""
     with servers.mount_point(tmp_path / "mnt") as mount:
         yield mount
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 with its key, from an authority whose own certificate is `ca` beside it."""
+    return make_certificate(tmp_path)

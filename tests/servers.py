@@ -390,7 +390,12 @@ def is_mounted(path: Path) -> bool:
 
 def is_running(pid: int) -> bool:
     """Whether the process lives; one that has ended and was not waited for does not."""
-    return _state_and_parent(pid)[0] not in ("", "Z", "X")
+    return state_of(pid) not in ("", "Z", "X")
+
+
+def state_of(pid: int) -> str:
+    """The process's state, a letter as ps(1) shows it; "" when there is none."""
+    return _state_and_parent(pid)[0]
 
 
 def _state_and_parent(pid: int) -> tuple[str, int]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import sys
 
+from desfs import __version__
+
 # What typer's half knows; all else is `SOURCE DIR -o …`, as mount(8) runs it.
-COMMANDS = frozenset(("packer", "umount"))
+COMMANDS = frozenset(("cat", "doctor", "extract", "import", "ls", "packer", "stat", "status", "umount", "verify"))
 
 
 def main() -> None:
     """The entry point of the program `desfs`."""
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:  # without typer: scripts ask for it
+        print(f"desfs {__version__}")
+        return
     if arguments and arguments[0] == "mount":
         from desfs.cli.mount import main as mount_main
 

@@ -2,35 +2,193 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from desfs import __version__
+from desfs.cli.exits import EXIT_FAILURE, fail
+from desfs.cli.store_options import takes_store_options
 from desfs.errors import DesfsError
 
 app = typer.Typer(
     name="desfs",
     help="Small files packed into containers on S3-style storage, mounted back as plain directories.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # a default in brackets is no markup
 )
 
 
+StoreUrl = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE", help="s3://bucket/prefix, file:///directory or a directory; or one container of it, NAME.des."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="A JSON object a line, for programs.")]
+
+
 @app.command()
-def umount(directory: Annotated[str, typer.Argument(metavar="DIR", help="Where it is mounted.")]) -> None:
+@takes_store_options
+def ls(
+    store: StoreUrl,
+    paths: Annotated[list[str] | None, typer.Argument(metavar="PATH", help="Such as 2026-11-20/photos. [all]")] = None,
+    long: Annotated[bool, typer.Option("--long", "-l", help="Mode, size, time.")] = False,
+    recursive: Annotated[bool, typer.Option("--recursive", "-R", help="What is below directories too.")] = False,
+    directory: Annotated[bool, typer.Option("--directory", "-d", help="Directories themselves.")] = False,
+    json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """List files, without a mount."""
+    from desfs.cli.browse import ls
+
+    raise typer.Exit(ls(store, paths or [""], options, long=long, recursive=recursive, directory=directory, json=json))
+
+
+@app.command()
+@takes_store_options
+def cat(
+    store: StoreUrl,
+    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Files, such as 2026-11-20/report.pdf.")],
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Write files to standard output, without a mount."""
+    from desfs.cli.browse import cat
+
+    raise typer.Exit(cat(store, paths, options))
+
+
+@app.command()
+@takes_store_options
+def stat(
+    store: StoreUrl,
+    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Files or directories.")],
+    json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Show all that is known of files, without a mount."""
+    from desfs.cli.browse import stat
+
+    raise typer.Exit(stat(store, paths, options, json=json))
+
+
+@app.command()
+@takes_store_options
+def extract(
+    store: StoreUrl,
+    paths: Annotated[list[str] | None, typer.Argument(metavar="PATH", help="Files or directories. [all]")] = None,
+    to: Annotated[str, typer.Option("--to", "-C", metavar="DIR", help="Where to. [.]")] = ".",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Copy files out of a store, with their times and modes, without a mount."""
+    from desfs.cli.extract import extract
+
+    raise typer.Exit(extract(store, paths or [""], to, options, overwrite=overwrite))
+
+
+@app.command("import")
+@takes_store_options
+def import_(
+    store: Annotated[str, typer.Option(metavar="URL", help="s3://bucket/prefix, file:///directory or a directory.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Directories, tar files, zip files, files.")],
+    day: Annotated[str | None, typer.Option(metavar="DAY", help="The day that gets them. [today]")] = None,
+    day_from: Annotated[
+        str | None, typer.Option(metavar="mtime", help="The day of each file: that of its modification time.")
+    ] = None,
+    timezone: Annotated[str | None, typer.Option(help="Where the day ends. [UTC]")] = None,
+    shard_bits: Annotated[int | None, typer.Option(help="For a new store: 2^N containers a day. [4]")] = None,
+    big_file_threshold: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Files of this size and more become objects of their own. [100M]")
+    ] = None,
+    max_container_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help="Cut containers here. [256M]")] = None,
+    max_container_files: Annotated[int | None, typer.Option(help="Cut containers here. [65536]")] = None,
+    json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Pack a directory, a tar or a zip file into a store, without a spool. The sources stay as they are."""
+    from desfs.cli.imports import run
+
+    own = {
+        "timezone": timezone,
+        "shard_bits": shard_bits,
+        "big_file_threshold": big_file_threshold,
+        "max_container_bytes": max_container_bytes,
+        "max_container_files": max_container_files,
+    }
+    raise typer.Exit(run(store, paths, options | _given(own), day=day, day_from=day_from, json=json))
+
+
+@app.command()
+@takes_store_options
+def verify(
+    store: StoreUrl,
+    json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Read every byte of a store and compare it with what its containers say. Exit status 3: damage was found."""
+    from desfs.cli.verify import run
+
+    raise typer.Exit(run(store, options, json=json))
+
+
+@app.command()
+@takes_store_options
+def status(
+    place: Annotated[str, typer.Argument(metavar="DIR|URL", help="A mount, a spool or a store.")],
+    json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Show the state of a mount, a spool or a store."""
+    from desfs.cli.status import run
+
+    raise typer.Exit(run(place, options, json=json))
+
+
+@app.command()
+@takes_store_options
+def doctor(
+    source: Annotated[str | None, typer.Argument(metavar="SOURCE", help="A store to look at too.")] = None,
+    directory: Annotated[str | None, typer.Argument(metavar="DIR", help="Where it is to be mounted.")] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Try what a packer needs: puts and deletes an object.")
+    ] = False,
+    json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Find out what keeps a mount or a packer from working, and what to do about it."""
+    from desfs.cli.doctor import run
+
+    raise typer.Exit(run(source, directory, options, write=write, json=json))
+
+
+@app.command()
+def umount(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where it is mounted.")],
+    lazy: Annotated[
+        bool, typer.Option("--lazy", "-l", help="Also when it is busy: it goes when nobody uses it.")
+    ] = False,
+) -> None:
     """Unmount a directory."""
     from desfs.mountpoint import unmount
 
     try:
-        unmount(directory)
+        unmount(directory, lazy=lazy)
     except DesfsError as error:
-        typer.echo(f"desfs: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(fail(error, EXIT_FAILURE)) from error
 
 
 @app.command()
+@takes_store_options
 def packer(
     spool: Annotated[str, typer.Option(metavar="DIR", help="The directory that programs write into.")],
     store: Annotated[str, typer.Option(metavar="URL", help="s3://bucket/prefix, file:///directory or a directory.")],
@@ -52,26 +210,31 @@ def packer(
     naming: Annotated[str | None, typer.Option(metavar="path|assigned", help="For a new store. [path]")] = None,
     timezone: Annotated[str | None, typer.Option(help="Where the day ends. [UTC]")] = None,
     node_id: Annotated[int | None, typer.Option(help="0 to 255, another for each spool of one store. [0]")] = None,
-    endpoint_url: Annotated[str | None, typer.Option(metavar="URL", help="S3 endpoint.")] = None,
-    region: Annotated[str | None, typer.Option(help="S3 region.")] = None,
-    profile: Annotated[str | None, typer.Option(help="AWS profile.")] = None,
-    addressing_style: Annotated[str | None, typer.Option(metavar="path|virtual|auto")] = None,
-    ca_bundle: Annotated[str | None, typer.Option(metavar="FILE", help="Certificates to trust.")] = None,
-    deadline: Annotated[float | None, typer.Option(help="Seconds of tries for a request to the store. [60]")] = None,
-    log_level: Annotated[str | None, typer.Option(metavar="debug|info|warning|error")] = None,
-    log_format: Annotated[str | None, typer.Option(metavar="text|json")] = None,
-    log_file: Annotated[str | None, typer.Option(metavar="FILE")] = None,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Pack the files of a spool into containers.
 
     Each option but --spool, --store and --once may also stand in the environment: DESFS_SETTLE for --settle, and so on.
     """
-    options = dict(locals())
-    for name in ("spool", "store", "once"):
-        del options[name]
+    own = {
+        "settle": settle,
+        "scan_interval": scan_interval,
+        "max_age": max_age,
+        "max_container_bytes": max_container_bytes,
+        "max_container_files": max_container_files,
+        "max_batch_files": max_batch_files,
+        "max_file_size": max_file_size,
+        "temporary": temporary,
+        "big_file_threshold": big_file_threshold,
+        "shard_bits": shard_bits,
+        "naming": naming,
+        "timezone": timezone,
+        "node_id": node_id,
+    }
     from desfs.cli.packer import run
 
-    raise typer.Exit(run(spool, store, once, options))
+    raise typer.Exit(run(spool, store, once, options | _given(own)))
 
 
 @app.callback(invoke_without_command=True)
@@ -79,9 +242,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"desfs {installed('desfs')}")
+        typer.echo(f"desfs {__version__}")
         raise typer.Exit
 
 
@@ -93,3 +254,7 @@ def mount_help(
     from desfs.cli.mount import main
 
     raise typer.Exit(main(arguments))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from desfs.cli.exits import EXIT_FAILURE, EXIT_MOUNT_FAILED, EXIT_USAGE, fail, one_line
 from desfs.errors import DesfsError, UsageError
 from desfs.options import FLAGS, OPTION_HELP
 
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_MOUNT_FAILED = 32  # mount(8)
+if TYPE_CHECKING:
+    from desfs.service_manager import ServiceManager
+    from desfs.settings import MountSettings
+
+    Serve = Callable[[Callable[[], None], ServiceManager], None]
+
 _READY = b"ready\n"
 
 
@@ -30,60 +35,101 @@ def _parser() -> argparse.ArgumentParser:
         description="Mount the containers of a store, read-only. Returns when the root answers.",
         epilog=f"mount options, besides those of mount(8):\n{options}\n\n"
         "Without -f a daemon serves the mount; desfs umount, umount or fusermount3 -u end it.\n"
+        "SIGHUP makes it read its settings again, SIGUSR1 write its state to the log.\n"
         "Exit status: 0 mounted, 2 usage, 32 the mount failed.",
     )
     parser.add_argument("source", metavar="SOURCE", help="s3://bucket/prefix, file:///directory or a directory")
     parser.add_argument("directory", metavar="DIR", help="where to mount it: an existing directory")
     parser.add_argument("-o", dest="options", metavar="OPT,…", action="append", default=[], help="mount options")
     parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground, log to stderr")
-    # mount(8) hands these to a helper: be sloppy about options, do not write mtab, be verbose, the type.
-    for flag in ("-s", "-n", "-v"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("-t", metavar="TYPE", help=argparse.SUPPRESS)
+    _add_flags_of_mount(parser)
     return parser
 
 
+def _helper_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mount.desfs",
+        description="What mount(8) runs for `mount -t desfs SOURCE DIR`.",
+        epilog="`desfs mount --help` has the mount options.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="s3://bucket/prefix, file:///directory or a directory")
+    parser.add_argument("directory", metavar="DIR", help="where to mount it: an existing directory")
+    parser.add_argument("-o", dest="options", metavar="OPT,…", action="append", default=[], help="mount options")
+    parser.add_argument("-f", dest="fake", action="store_true", help="check everything, mount nothing")
+    _add_flags_of_mount(parser)
+    return parser
+
+
+def _add_flags_of_mount(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-v", dest="verbose", action="store_true", help="say what was mounted")
+    parser.add_argument("-s", dest="sloppy", action="store_true", help="ignore options that are not known")
+    # mount(8) hands these to a helper: no line in /etc/mtab, which is /proc/mounts today; the type; a namespace.
+    parser.add_argument("-n", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-t", metavar="TYPE", help=argparse.SUPPRESS)
+    parser.add_argument("-N", dest="namespace", metavar="NAMESPACE", help=argparse.SUPPRESS)
+
+
 def main(arguments: list[str]) -> int:
-    """Mount; the exit status."""
-    parsed = _parser().parse_args(arguments)
+    """`desfs mount …`, and `desfs SOURCE DIR …` as mount.fuse3 runs it; the exit status."""
+    return _mount(_parser().parse_args(arguments), fake=False)
+
+
+def helper() -> NoReturn:
+    """The entry point of `mount.desfs`, which mount(8) runs for the type `desfs`; its exit codes are mount(8)'s."""
+    parsed = _helper_parser().parse_args()
+    parsed.foreground = False
+    status = _mount(parsed, fake=parsed.fake)
+    sys.exit(EXIT_FAILURE if status == EXIT_USAGE else status)
+
+
+def _mount(parsed: argparse.Namespace, *, fake: bool) -> int:
     try:
-        serve, note = _prepare(parsed)
+        source, mountpoint, serve = _prepare(parsed)
     except UsageError as error:
-        return _fail(error, EXIT_USAGE)
+        return fail(error, EXIT_USAGE)
     except DesfsError as error:
-        return _fail(error, EXIT_MOUNT_FAILED)
-    if note:
-        print(f"desfs: {note}", file=sys.stderr)
-    if parsed.foreground:
-        try:
-            serve(False, lambda: None)
-        except DesfsError as error:
-            return _fail(error, EXIT_MOUNT_FAILED)
-        except Exception as error:
-            return _fail(_unexpected(error), EXIT_FAILURE)
-        return 0
-    return _daemonize(serve)
+        return fail(error, EXIT_MOUNT_FAILED)
+    if fake:
+        status = 0
+    elif parsed.foreground:
+        status = _stay(serve)
+    else:
+        status = _daemonize(serve)
+    if status == 0 and parsed.verbose:
+        print(f"desfs: {source} {'would be' if fake else 'is'} mounted on {mountpoint}")
+    return status
 
 
-def _prepare(parsed: argparse.Namespace) -> tuple[Callable[[bool, Callable[[], None]], None], str | None]:
-    """Check all that can be checked without the store; the function that serves, and a note for the user."""
-    from pydantic import ValidationError
+def _stay(serve: Serve) -> int:
+    from desfs.service_manager import ServiceManager
 
+    try:
+        serve(lambda: None, ServiceManager(os.environ))
+    except DesfsError as error:
+        return fail(error, EXIT_MOUNT_FAILED)
+    except Exception as error:
+        return fail(_unexpected(error), EXIT_FAILURE)
+    return 0
+
+
+def _prepare(parsed: argparse.Namespace) -> tuple[str, str, Serve]:
+    """Check all that can be checked without the store; source, mount point, and the function that serves."""
     from desfs.mountpoint import check_mountpoint
     from desfs.options import parse_options, split_options
     from desfs.settings import MountSettings
 
-    given: dict[str, Any] = parse_options(parsed.options, frozenset(MountSettings.model_fields))
-    try:
-        settings = MountSettings(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        origin = f"mount option {name}" if name in given else f"DESFS_{name.upper()} in the environment"
-        raise UsageError(f"{origin}: {first['msg'].removeprefix('Value error, ')}") from None
-    # The daemon's directory is the root: what is relative to ours has to be said in full.
-    paths = {"log_file": settings.log_file, "ca_bundle": settings.ca_bundle, "cache_dir": settings.cache_dir}
-    settings = settings.model_copy(update={name: path and os.path.abspath(path) for name, path in paths.items()})
+    words = [option for text in parsed.options for option in split_options(text)]
+    if "remount" in words:
+        raise DesfsError(f"{parsed.directory}: a mount cannot be changed by remount: unmount it and mount it again")
+    if parsed.namespace is not None:
+        raise DesfsError(f"-N {parsed.namespace}: run mount in that namespace (nsenter --mount) instead")
+    known = frozenset(MountSettings.model_fields)
+    given, unknown = parse_options(parsed.options, known, sloppy=parsed.sloppy)
+    for name in unknown:
+        print(f"desfs: unknown mount option {name!r} is ignored", file=sys.stderr)
+    settings = _settings(given)
+    if settings.allow_other:
+        _check_allow_other()
     if settings.cache_dir:
         from desfs.cache_folder import take_into_use
 
@@ -95,26 +141,55 @@ def _prepare(parsed: argparse.Namespace) -> tuple[Callable[[bool, Callable[[], N
         mountpoint = check_mountpoint(parsed.directory)
     except UsageError as error:
         raise DesfsError(str(error)) from error
-    asked_for_writing = "rw" in [option for text in parsed.options for option in split_options(text)]
+    if "rw" in words:
+        print(f"desfs: {source} is mounted read-only", file=sys.stderr)
+    here = os.getcwd()
 
-    def serve(detached: bool, ready: Callable[[], None]) -> None:
+    def serve(ready: Callable[[], None], manager: ServiceManager) -> None:
+        from desfs.levers import LEVERS
         from desfs.logs import configure_logs
 
-        try:
-            configure_logs(settings, detached=detached)
-        except OSError as error:
-            raise UsageError(f"log file {settings.log_file}: {error.strerror}") from error
-        from desfs.levers import LEVERS
-
+        configure_logs(settings, detached=not parsed.foreground)
         LEVERS.load(settings.levers)  # before anything imports pyfuse3
         from desfs.mount import serve
 
-        serve(source, mountpoint, settings, ready)
+        def reload() -> MountSettings:
+            changed = _settings(given, here)
+            configure_logs(changed, detached=not parsed.foreground)
+            return changed
 
-    return serve, f"{source} is mounted read-only" if asked_for_writing else None
+        serve(source, mountpoint, settings, ready, reload=reload, manager=manager)
+
+    return source, mountpoint, serve
 
 
-def _daemonize(serve: Callable[[bool, Callable[[], None]], None]) -> int:
+def _settings(given: dict[str, str], here: str = "") -> MountSettings:
+    """The settings. Paths that are relative to the caller's directory (`here`, once that is not ours any more) are said
+    in full: the daemon's is the root."""
+    from desfs.settings import MountSettings, load_settings
+
+    def in_full(path: str | None) -> str | None:
+        return path and os.path.abspath(os.path.join(here, path))
+
+    if "config" in given or "DESFS_CONFIG" in os.environ:
+        given = given | {"config": str(in_full(given.get("config") or os.environ["DESFS_CONFIG"]))}
+    settings = load_settings(MountSettings, given, lambda name: f"mount option {name}")
+    paths = {name: in_full(getattr(settings, name)) for name in ("log_file", "ca_bundle", "cache_dir")}
+    return settings.model_copy(update=paths)
+
+
+def _check_allow_other() -> None:
+    """fusermount3 refuses it for ordinary users unless the administrator has allowed it. Raises: DesfsError."""
+    from desfs.mountpoint import FUSE_CONF, user_allow_other
+
+    if os.geteuid() != 0 and not user_allow_other():
+        raise DesfsError(
+            f"allow_other: only root may use it here. To let every user, the administrator adds a line "
+            f"'user_allow_other' to {FUSE_CONF}"
+        )
+
+
+def _daemonize(serve: Serve) -> int:
     """Fork, before any thread or event loop exists; the child serves, the parent waits for its word."""
     reader, writer = os.pipe()
     if os.fork() == 0:
@@ -125,32 +200,33 @@ def _daemonize(serve: Callable[[bool, Callable[[], None]], None]) -> int:
         word = pipe.read()
     if word == _READY:
         return 0
-    print(f"desfs: {word.decode(errors='replace').strip() or 'the mount daemon died at its start'}", file=sys.stderr)
-    return EXIT_MOUNT_FAILED
+    return fail(word.decode(errors="replace").strip() or "the mount daemon died at its start", EXIT_MOUNT_FAILED)
 
 
-def _run_daemon(serve: Callable[[bool, Callable[[], None]], None], writer: int) -> NoReturn:
+def _run_daemon(serve: Serve, writer: int) -> NoReturn:
+    from desfs.service_manager import ServiceManager
+
     status = 1
     try:
         os.setsid()
         os.chdir("/")
-
-        def ready() -> None:
-            null = os.open(os.devnull, os.O_RDWR)
-            for descriptor in (0, 1, 2):
-                os.dup2(null, descriptor)
-            os.close(null)
-            _say(writer, _READY)
-            os.close(writer)
-
-        serve(True, ready)
+        serve(functools.partial(_ready, writer), ServiceManager({}))
         status = 0
     except DesfsError as error:
-        _say(writer, _one_line(str(error)).encode("utf-8", "backslashreplace"))
+        _say(writer, one_line(str(error)).encode("utf-8", "backslashreplace"))
     except Exception as error:
-        _say(writer, _one_line(str(_unexpected(error))).encode("utf-8", "backslashreplace"))
+        _say(writer, one_line(str(_unexpected(error))).encode("utf-8", "backslashreplace"))
     finally:
         os._exit(status)
+
+
+def _ready(writer: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
+    _say(writer, _READY)
+    os.close(writer)
 
 
 def _say(writer: int, word: bytes) -> None:
@@ -165,12 +241,3 @@ def _unexpected(error: Exception) -> DesfsError:
 
     structlog.get_logger(__name__).exception("the mount failed", exc_info=error)
     return DesfsError(f"{type(error).__name__}: {error}")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"desfs: {_one_line(str(error))}", file=sys.stderr)
-    return status

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail
 from desfs.errors import DesfsError, UsageError
 
 if TYPE_CHECKING:
@@ -14,36 +15,27 @@ if TYPE_CHECKING:
 
     from desfs.packer.worker import Summary
 
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-
 
 def run(spool: str, store: str, once: bool, options: dict[str, Any]) -> int:
     """Run a packer; the exit status."""
-    from pydantic import ValidationError
-
     from assignment.client import AssignmentError, InvalidRequest
     from des_format.errors import DesFormatError
     from desfs.logs import configure_logs
     from desfs.packer.run import run_packer
-    from desfs.settings import PackerSettings
+    from desfs.settings import PackerSettings, load_settings
 
     try:
-        settings = PackerSettings(**{name: value for name, value in options.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        given = options.get(name) is not None
-        origin = f"--{name.replace('_', '-')}" if given else f"DESFS_{name.upper()} in the environment"
-        return _fail(f"{origin}: {first['msg'].removeprefix('Value error, ')}", EXIT_USAGE)
+        settings = load_settings(PackerSettings, options, lambda name: f"--{name.replace('_', '-')}")
+    except UsageError as error:
+        return fail(error, EXIT_USAGE)
     try:
         configure_logs(settings)
         with _progress(once and sys.stderr.isatty()) as progress:
             summary = run_packer(spool, store, settings, once=once, progress=progress)
     except (UsageError, InvalidRequest) as error:
-        return _fail(str(error), EXIT_USAGE)
+        return fail(error, EXIT_USAGE)
     except (DesfsError, DesFormatError, AssignmentError, OSError) as error:
-        return _fail(str(error), EXIT_FAILURE)
+        return fail(error, EXIT_FAILURE)
     print(describe(summary))
     for failure in summary.failures:
         print(f"desfs: {failure}", file=sys.stderr)
@@ -89,8 +81,3 @@ def _progress(shown: bool) -> Iterator[Callable[[Summary, int], None]]:
             bar.update(task, completed=summary.files)
 
         yield show
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"desfs: {' '.join(message.split())}", file=sys.stderr)
-    return status

@@ -43,10 +43,12 @@ def on_its_way(link: Link) -> int:
 
 
 class LinkMeter:
-    """Measures GETs. Any thread. Only what came while at least one request ran counts as time."""
+    """Measures GETs. Any thread. Only what came while at least one request ran counts as time. `answers` counts those
+    that came."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.answers = 0
         self._lock = threading.Lock()
         self._latencies: deque[float] = deque(maxlen=_KEPT)
         self._bandwidths: deque[float] = deque(maxlen=_PERIODS)
@@ -93,6 +95,7 @@ class LinkMeter:
                     self._take(started, ended, answered[0], is_alone=number == self._requests)
 
     def _take(self, started: float, ended: float, answer: Answer, *, is_alone: bool) -> None:
+        self.answers += 1
         size = len(answer.data)
         if answer.body_s is not None:
             self._latencies.append(max(ended - started - answer.body_s, 0.0))

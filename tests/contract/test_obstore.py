@@ -26,6 +26,7 @@ from desfs.store.obstore_s3 import VIEW_FROM, ObstoreS3Store
 from desfs.store.retrying import Retrying
 from desfs.store.s3 import CONNECTIONS, Route
 from tests.contract.store_contract import MIB, StoreContract, pattern
+from tests.fakes.certificates import openssl
 from tests.fakes.http_faults import FaultyS3
 from tests.servers import S3Server
 
@@ -328,33 +329,6 @@ def test_a_bucket_in_another_region_is_followed(monkeypatch: pytest.MonkeyPatch,
             assert store.get_range("key", 1, 5).data == BODY[1:5]
         assert asked == ["object_store eu-west-9"] * 2
         store.close()
-
-
-def openssl(*words: str | Path) -> None:
-    new = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    subprocess.run([*new, *words], check=True, timeout=60, stderr=subprocess.DEVNULL)
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """A certificate for 127.0.0.1 with its key, from an authority whose own certificate is `ca` beside it."""
-    ca, ca_key, path = tmp_path / "ca", tmp_path / "ca-key", tmp_path / "server.pem"
-    openssl("-subj", "/CN=authority", "-keyout", ca_key, "-out", ca)
-    names = ["-subj", "/CN=server", "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE"]
-    openssl("-CA", ca, "-CAkey", ca_key, *names, "-keyout", tmp_path / "key", "-out", tmp_path / "cert")
-    path.write_bytes((tmp_path / "key").read_bytes() + (tmp_path / "cert").read_bytes())
-    return path
 
 
 @pytest.mark.usefixtures("no_settings")

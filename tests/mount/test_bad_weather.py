@@ -123,7 +123,7 @@ def check_copy(target: Path) -> None:
 
 @pytest.mark.parametrize("options", ["levers=auto", "levers=off,memory=8M", "memory=1M"])
 def test_a_scan_through_faults(options: str, s3: S3Server, day: str, tmp_path: Path) -> None:
-    """docs/semantics.md: Requests to the store are tried again, with growing waits."""
+    """docs/semantics.md: Requests to the store are tried again, with growing waits, until `deadline=` (60 s)."""
     with mounted_in(s3, day, tmp_path / "mnt", options) as (place, weather):
         os.listdir(place)
         dice, lock = Random(5), threading.Lock()
@@ -139,7 +139,9 @@ def test_a_scan_through_faults(options: str, s3: S3Server, day: str, tmp_path: P
 
 
 def test_what_nobody_asked_for_fails_in_silence(s3: S3Server, day: str, tmp_path: Path) -> None:
-    """Whoever reads the first files of a container does not hear that what is fetched ahead fails; who wants that gets
+    """docs/semantics.md: Then the read answers EIO, and the next read tries afresh.
+
+    Whoever reads the first files of a container does not hear that what is fetched ahead fails; who wants that gets
     EIO, and the file itself when the store is well again."""
     with mounted_in(s3, day, tmp_path / "mnt", "deadline=1") as (place, weather):
         names = sorted(path.name for path in (place / "d0").iterdir())

@@ -1,5 +1,6 @@
-"""docs/semantics.md: bytes with a checksum are verified before anybody sees them. Wherever a byte is flipped, in the
-store, in the disk cache or in Redis, nobody is given a wrong one."""
+"""docs/semantics.md: Bytes with a checksum in their metadata are verified before anybody sees them.
+
+Wherever a byte is flipped, in the store, in the disk cache or in Redis, nobody is given a wrong one."""
 
 from __future__ import annotations
 
@@ -88,6 +89,8 @@ def check(day: Path, damaged: set[str]) -> None:
 @pytest.mark.parametrize("levers", ["auto", "off"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_the_store(kind: str, levers: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """docs/semantics.md: Bytes with a checksum in their metadata are verified before anybody sees them. External files
+    that have the checksums of their blocks are verified block by block."""
     store = put_store(tmp_path / "store")
     whole = (store / KEY).read_bytes()
     damaged = {"d/f000", "d/f100", "d/f199", "d/large", "d/blocks", "d/whole"}

@@ -185,7 +185,7 @@ MUTATIONS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("call", MUTATIONS.values(), ids=MUTATIONS)
 def test_every_mutating_call_answers_erofs(at: Mount, call: Callable[[Path], object]) -> None:
-    """Everything is read-only: every mutating call answers EROFS, and changes nothing."""
+    """docs/semantics.md: Everything is read-only: every call that would change something answers EROFS."""
     before = sorted(os.listdir(at.day))
     assert outcome(lambda: call(at.day)) == "EROFS"
     assert sorted(os.listdir(at.day)) == before
@@ -267,7 +267,9 @@ def test_dots_have_the_numbers_of_the_directories(at: Mount) -> None:
 
 
 def test_numbers_are_the_same_after_a_remount(store: Path, tmp_path: Path) -> None:
-    """Inode numbers are equal after a remount, whatever was looked at first."""
+    """docs/semantics.md: Inode numbers are unique, and the same after a remount as long as the container is the same.
+
+    Whatever was looked at first."""
 
     def numbers(where: Path) -> dict[str, int]:
         return {
@@ -342,7 +344,9 @@ def test_a_long_listing_asks_for_no_attributes_of_single_files(here: Mount) -> N
 
 
 def test_metadata_that_is_too_long_for_an_attribute_is_left_out(here: Mount, tmp_path: Path) -> None:
-    """The kernel's limit is 64 KiB: a longer value is not listed, so that `cp -a` goes on."""
+    """docs/semantics.md: A value of more than 64 KiB is left out, since the kernel takes none.
+
+    So that `cp -a` goes on."""
     assert os.listxattr(here.day / "much-metadata") == ["user.des.container"]
     assert outcome(lambda: os.getxattr(here.day / "much-metadata", "user.des.meta")) == "ENODATA"
     subprocess.run(["cp", "-a", here.day / "much-metadata", tmp_path / "copy"], check=True, timeout=30)
@@ -367,8 +371,10 @@ def test_the_mount_table_names_source_and_type(here: Mount) -> None:
 
 
 def test_control_files_are_whole_whenever_they_are_read(here: Mount) -> None:
-    """`/.desfs/`: reachable by name, not listed. `stats` is JSON and changes between reads; whoever reads one in pieces
-    while others read it too sees one whole version."""
+    """docs/semantics.md: The control directory `/.desfs/` can be reached by name, and is not listed.
+
+    `stats` is JSON and changes between reads; whoever reads one in pieces while others read it too sees one whole
+    version."""
     assert ".desfs" not in os.listdir(here.root)
     assert sorted(os.listdir(here.root / ".desfs")) == ["config", "containers", "problems", "stats"]
     assert (here.root / ".desfs/problems").read_bytes() == b""
@@ -386,7 +392,7 @@ def test_control_files_are_whole_whenever_they_are_read(here: Mount) -> None:
 
 
 def test_control_files_never_touch_the_store(s3: S3Server, bucket: str, store: Path, tmp_path: Path) -> None:
-    """Reading `/.desfs/` never touches S3."""
+    """docs/semantics.md: Reading its files makes no request to the store."""
     s3.client().put_object(Bucket=bucket, Key=f"{DAY}/0.des", Body=(store / DAY / "0.des").read_bytes())
     with (
         CountingProxy(s3.host, s3.port) as proxy,
@@ -400,12 +406,17 @@ def test_control_files_never_touch_the_store(s3: S3Server, bucket: str, store: P
         assert proxy.requests == []
 
 
-def test_owner_group_and_mask_are_settings(store: Path, tmp_path: Path) -> None:
+def test_owner_group_and_mask_are_settings(here: Mount, store: Path, tmp_path: Path) -> None:
+    """docs/semantics.md: Owner and group are those of the user who mounted, or `uid=` and `gid=`. The bits of `umask=`
+    are taken away from the modes of files and directories."""
+    for path in (here.root, here.day, here.day / "empty"):
+        assert (path.stat().st_uid, path.stat().st_gid) == (os.getuid(), os.getgid())
     with mounted(store, tmp_path / "mnt", "uid=1234,gid=2345", "umask=0037,allow_other") as where:
         found = (where / DAY / "empty").stat()
         assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 2345, 0o640)
-        assert stat.S_IMODE((where / DAY).stat().st_mode) == 0o740
-        assert stat.S_IMODE(where.stat().st_mode) == 0o740
+        for path in (where, where / DAY, where / DAY / "d"):
+            found = path.stat()
+            assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 2345, 0o740)
         assert MountSettings.model_validate({"umask": "0037"}).umask == 0o037
 
 

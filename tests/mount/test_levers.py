@@ -248,8 +248,10 @@ def test_control_files_are_made_anew_for_every_open(tmp_path: Path, levers: str)
 
 
 def test_writes_are_refused_after_a_remount_too(tmp_path: Path) -> None:
-    """Whoever remounts for writing can open for writing, since nobody asks us; all that would change something answers
-    EROFS, and pages that were changed through a shared mapping go."""
+    """docs/semantics.md: Who remounts for writing may open a file for writing, since the kernel opens by itself
+    (`levers=`), but not write, truncate or change it.
+
+    Pages that were changed through a shared mapping go."""
     put_container(tmp_path / "store" / DAY / "0.des", {"f": LARGE[:10_000], "g": b"x"})
     with mounted(tmp_path / "store", tmp_path / "mnt") as where:
         path = where / DAY / "f"

@@ -84,7 +84,9 @@ def test_a_program_reads_on_while_files_arrive(tmp_path: Path, sharded: bool) ->
 
 
 def test_what_goes_and_what_is_replaced_is_seen(tmp_path: Path) -> None:
-    """A container that is replaced or removed: a new lookup shows what is there; nobody sees old and new mixed."""
+    """docs/semantics.md: New files appear, replaced ones change, and the kernel forgets what it knew of the old ones.
+
+    A container that is replaced or removed: a new lookup shows what is there."""
     folder = tmp_path / "store" / DAY
     put_container(folder / "0.des", {"a": b"a" * 100_000, "gone": b"x", "was-a-file": b"y"})
     put_container(folder / "1.des", {"dir/only": b"z", "stays": b"s"})
@@ -105,7 +107,9 @@ def test_what_goes_and_what_is_replaced_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_replaced_all_the_time_is_never_mixed(tmp_path: Path) -> None:
-    """Old index and new bytes never mix: a reader gets one version whole, or ESTALE."""
+    """docs/semantics.md: Old and new bytes are never mixed.
+
+    A reader gets one version whole, or ESTALE."""
     folder = tmp_path / "store" / DAY
     put_container(folder / "0.des", {"f": b"0" * 400_000})
     with mounted(tmp_path / "store", tmp_path / "mnt", "refresh=0.2") as mount:
@@ -141,12 +145,14 @@ def test_new_days_appear_and_old_ones_go(tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_away_for_a_while_leaves_the_last_view(s3: S3Server, bucket: str, tmp_path: Path) -> None:
-    """A listing error keeps the last good view: what was listed stays listed, what was read stays readable, and all
-    goes on when the store is back."""
+    """docs/semantics.md: A refresh that fails keeps the last good view and says so in the log.
+
+    What was listed stays listed, what was read stays readable, and all goes on when the store is back."""
     path = put_container(tmp_path / "0.des", {"a": b"x", "b": b"y"})
     s3.client().put_object(Bucket=bucket, Key=f"{DAY}/0.des", Body=path.read_bytes())
     with CountingProxy(s3.host, s3.port) as proxy:
-        options = "refresh=0.2,deadline=1"
+        log = tmp_path / "log"
+        options = f"refresh=0.2,deadline=1,log_file={log}"
         with mounted(f"s3://{bucket}", tmp_path / "mnt", options, env=s3.environ(endpoint_url=proxy.url)) as mount:
             day = mount / DAY
             assert (day / "a").read_bytes() == b"x"
@@ -159,6 +165,8 @@ def test_a_store_that_is_away_for_a_while_leaves_the_last_view(s3: S3Server, buc
                 assert sorted(os.listdir(day)) == ["a", "b"]
                 assert (day / "a").read_bytes() == b"x"
             assert is_running(daemon_of(mount))
+            wait_until(lambda: "refresh failed, the last view stays" in log.read_text(), "a line in the log")
+            assert sorted(os.listdir(day)) == ["a", "b"]
             proxy.upstream_port = port
             other = put_container(tmp_path / "1.des", {"c": b"z"})
             s3.client().put_object(Bucket=bucket, Key=f"{DAY}/1.des", Body=other.read_bytes())
@@ -197,8 +205,11 @@ def test_names_that_are_not_there_are_asked_for_once(tmp_path: Path, day_name: s
 
 
 def test_an_open_file_is_read_on_after_a_merge(tmp_path: Path) -> None:
-    """Parts are merged and deleted while a program reads a file of one: it reads on, without an error and without a
-    wrong byte."""
+    """docs/semantics.md: When a container is replaced or removed, files of it that are open are read on where the same
+    content stands now, as after a merge or a seal; size, time and checksum tell.
+
+    Parts are merged and deleted while a program reads a file of one: it reads on, without an error and without a wrong
+    byte."""
     store = tmp_path / "store"
     data = Random(3).randbytes(3_000_000)
     put_container(store / DAY / "0-000001.des", {"large": data})

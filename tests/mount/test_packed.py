@@ -107,8 +107,11 @@ def test_a_file_of_300_mib(kind: str, tmp_path: Path, request: pytest.FixtureReq
 
 @pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=pytest.mark.s3)])
 def test_a_tree_of_files(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Files go into a spool and come out of a mount byte for byte, with their times and modes: `diff -r` and `rsync`
-    find no difference; what came in later is there as well, and a newer version is the one that is shown."""
+    """docs/semantics.md: Size, modification time and permission bits are those of the source file, the time to the
+    nanosecond.
+
+    Files go into a spool and come out of a mount byte for byte, with their times and modes: `diff -r` and `rsync` find
+    no difference; what came in later is there as well, and a newer version is the one that is shown."""
     source, spool = tmp_path / "source", tmp_path / "spool"
     spool.mkdir()
     seeded = random.Random(1)

@@ -98,6 +98,23 @@ def test_the_whole_day_costs_a_list_and_a_tail_of_each_container(s3: S3Server, d
         )
 
 
+def test_every_get_of_a_container_names_the_version_that_was_listed(s3: S3Server, day: str, tmp_path: Path) -> None:
+    """docs/semantics.md: Every request for bytes of a container names the version that its index came from."""
+    listing = s3.client().list_objects_v2(Bucket=day, Prefix=f"{DAY}/")
+    etags = {item["Key"]: item["ETag"].strip('"') for item in listing["Contents"]}
+    with counted(s3, day, tmp_path / "mnt") as (mount, proxy):
+        name, *others = (name for name in FILES if name.startswith("d7/"))
+        assert (mount / DAY / name).read_bytes() == FILES[name]
+        assert len(os.listdir(mount / DAY)) == 40
+        for other in others:
+            assert (mount / DAY / other).read_bytes() == FILES[other]
+            assert os.getxattr(mount / DAY / other, "user.des.meta")
+        asked = [request for request in proxy.requests if request.path.endswith(".des")]
+        assert len(asked) > 256
+        named = [(request.path.split("/", 2)[2], request.headers["if-match"].strip('"')) for request in asked]
+        assert set(named) == set(etags.items())
+
+
 def test_what_is_not_there_is_asked_for_once(s3: S3Server, day: str, tmp_path: Path) -> None:
     """Before ENOENT all indexes are asked; after that, none again."""
     with counted(s3, day, tmp_path / "mnt") as (mount, proxy):

@@ -297,8 +297,10 @@ def swap_while_read(swapper: Swapper, readers: Readers) -> None:
 def test_objects_are_swapped_under_load(
     kind: str, options: str, sharded: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Every byte is of the old or the new version, and no read of both. A reader is told of a change by ESTALE, and
-    has the new version when it opens the file again; a merge is noticed by nobody."""
+    """docs/semantics.md: Old and new bytes are never mixed. No read returns bytes of two versions.
+
+    A reader is told of a change by ESTALE, and has the new version when it opens the file again; a merge is noticed by
+    nobody."""
     if kind == "file":
         (tmp_path / "store").mkdir()
         objects: FileObjects | S3Objects = FileObjects(tmp_path / "store")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from des_format import CorruptEntry, DesWriter
 from desfs.blocks import BLOCK
 from desfs.container import OpenContainer
-from desfs.errors import DeadlineExceeded, DesfsError, NoSuchObject, ObjectReplaced, StoreUnavailable
+from desfs.errors import DeadlineExceeded, DesfsError, NoSuchObject, ObjectReplaced, StoreUnavailable, errno_of
 from desfs.fetch import LEAST_AHEAD, PIECE, Fetcher
 from desfs.pieces import SMALL, Piece, PieceCache
 from desfs.problems import Problems
@@ -149,6 +150,41 @@ def test_an_error_reaches_everybody_who_waited_and_the_next_read_tries_again(wor
 
     world.run(main)
     assert world.fetcher.bytes_in_flight == 0
+
+
+def test_who_joined_an_old_fetch_that_ran_out_of_time_begins_one_of_his_own(world: World) -> None:
+    """The store may be well again when a fetch fails that had begun before the reader came: he has time left. Who began
+    it has none."""
+    gate = Gate()
+
+    def run_out_of_time(method: str, key: str) -> None:
+        if world.gets() == 1:
+            gate(method, key)
+            raise DeadlineExceeded("gave up")
+
+    world.store.before = run_out_of_time
+    errors: list[str] = []
+    found: list[bytes] = []
+
+    async def reader() -> None:
+        try:
+            found.append(await world.payload("f00"))
+        except DeadlineExceeded as error:
+            errors.append(str(error))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader)
+            await until(lambda: gate.waiting == 1)
+            for _ in range(3):
+                nursery.start_soon(reader)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            gate.open()
+
+    world.run(main)
+    assert errors == ["gave up"]
+    assert found == [FILES["f00"]] * 3
+    assert world.gets() == 2
 
 
 def test_a_defect_of_ours_is_an_error_of_that_read_alone(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,11 +352,14 @@ def test_a_wrong_payload_is_fetched_once_more(world: World) -> None:
 
 
 def test_a_payload_that_is_wrong_twice_is_an_error_with_a_line_in_problems(world: World) -> None:
+    """docs/semantics.md: On a mismatch they are fetched once more; when they are wrong again, the read answers EIO and
+    the problem is reported."""
     damage(world, "f04", times=100)
 
     async def main() -> None:
-        with pytest.raises(CorruptEntry, match=r"f04.*found a checksum"):
+        with pytest.raises(CorruptEntry, match=r"f04.*found a checksum") as caught:
             await world.payload("f04")
+        assert errno_of(caught.value) == errno.EIO
         assert world.gets() == 2
         (line,) = world.problems.lines()
         assert KEY in line
@@ -419,6 +458,58 @@ def test_no_read_waits_for_ever(tmp_path: Path) -> None:
         gate.open()
 
     world.run(main)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_how_long_a_reader_waits(tmp_path: Path, answers: bool) -> None:
+    """docs/semantics.md: When other requests were answered meanwhile, a read waits on, and answers EIO by twice the
+    deadline.
+
+    A silent store is given up at the deadline; the next read succeeds when the store is back."""
+    put_container(tmp_path / KEY, APART)
+    world = World(tmp_path, max_gap=0, deadline_s=100.0)
+    row = world.row("f00")
+    begin = int(world.container.loaded.index.data_offset[row])
+    gate = Gate()
+
+    def before(method: str, key: str) -> None:
+        if world.store.ranges[-1][1] == begin:  # nobody answers for the first file; the others are read as usual
+            gate(method, key)
+
+    world.store.before = before
+    clock = trio.testing.MockClock(rate=1.0)
+    errors: list[DeadlineExceeded] = []
+
+    async def reader() -> None:
+        with pytest.raises(DeadlineExceeded) as caught:
+            await world.payload("f00")
+        errors.append(caught.value)
+
+    async def later(seconds: float) -> None:
+        clock.jump(seconds)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+
+    async def main() -> None:
+        async with trio.open_nursery() as fetching:
+            await fetching.start(world.fetcher.run)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader)
+                await until(lambda: gate.waiting == 1)
+                if answers:
+                    assert await world.payload("f11") == APART["f11"]
+                await later(90)
+                assert errors == []
+                await later(100)  # 190 s: the deadline has passed
+                assert len(errors) == (0 if answers else 1)
+                await later(100)
+            assert errno_of(errors[0]) == errno.EIO
+            gate.open()
+            world.store.before = lambda method, key: None
+            await world.idle()
+            assert await world.payload("f00") == APART["f00"]
+            fetching.cancel_scope.cancel()
+
+    trio.run(main, clock=clock)
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import trio
+import trio.testing
 
 from des_format import CorruptEntry, DesFormatError, DesWriter, UnsupportedEntry, placement_shard, shard_hex
 from des_format.layout import COMPRESSED
@@ -35,6 +37,7 @@ from desfs.settings import MountSettings
 from desfs.store.file import FileStore
 from tests.mount.stores import WatchedStore, meta_of, put_container, put_layout, put_sharded
 from tests.unit.containers import Item, build
+from tests.unit.opened import Gate, until
 
 DAY = "2026-11-20"
 
@@ -119,7 +122,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path / "store")
 
 
-def run(world: World, main: Callable[[], Awaitable[None]]) -> None:
+def run(world: World, main: Callable[[], Awaitable[None]], clock: trio.testing.MockClock | None = None) -> None:
     async def bounded() -> None:
         with trio.fail_after(60):
             await world.fs.start()
@@ -128,14 +131,15 @@ def run(world: World, main: Callable[[], Awaitable[None]]) -> None:
                 await main()
                 nursery.cancel_scope.cancel()
 
-    trio.run(bounded)
+    trio.run(bounded, clock=clock)
 
 
 # --- names and attributes ----------------------------------------------------------------------------------------
 
 
 def test_files_have_the_attributes_of_their_metadata(world: World) -> None:
-    """META carries mtime and mode; what it does not say is LastModified and 0644."""
+    """docs/semantics.md: A file whose metadata has no time has that of its container, and one whose metadata has no
+    mode has 0644."""
     (world.root / DAY).mkdir()
     with DesWriter(world.root / DAY / "0.des") as writer:
         writer.add_file("full", b"12345", {"mtime": 1_700_000_000.5, "mode": 0o640})
@@ -157,6 +161,26 @@ def test_files_have_the_attributes_of_their_metadata(world: World) -> None:
             found = await world.at(f"{DAY}/{name}")
             assert found[1:4] == (stat.S_IFREG | mode, size, at_ns), name
             assert await world.fs.getattr(found.inode) == found
+
+    run(world, main)
+
+
+@pytest.mark.parametrize("now", ["2026-11-20T00:00:00+00:00", "2026-11-20T23:59:59+00:00"])
+def test_directories_have_the_time_of_their_day(world: World, now: str) -> None:
+    """docs/semantics.md: The directories of an open day (today and yesterday, UTC, and every name that is no day) have
+    the time of its newest container. Those of a closed day have the day's end."""
+    newest_ns = 10**18 + 5
+    for day in ("2026-11-18", "2026-11-19", "2026-11-20", "archive"):
+        for number, mtime_ns in enumerate((10**17, newest_ns, 10**16)):
+            world.put(f"{day}/{number}.des", f"d/e/f{number}")
+            os.utime(world.root / day / f"{number}.des", ns=(mtime_ns, mtime_ns))
+    world.fs.views.now = datetime.fromisoformat(now).timestamp
+    ended_ns = int(datetime.fromisoformat("2026-11-19T00:00:00+00:00").timestamp()) * 10**9
+
+    async def main() -> None:
+        for day in ("2026-11-18", "2026-11-19", "2026-11-20", "archive"):
+            for path in (day, f"{day}/d", f"{day}/d/e"):
+                assert (await world.at(path)).mtime_ns == (ended_ns if day == "2026-11-18" else newest_ns), path
 
     run(world, main)
 
@@ -198,6 +222,7 @@ def test_a_listing_is_in_the_order_of_inodes_which_is_that_of_the_data(tmp_path:
 
 
 def test_umask_masks_files_and_directories(tmp_path: Path) -> None:
+    """docs/semantics.md: The bits of `umask=` are taken away from the modes of files and directories."""
     world = World(tmp_path, umask="027")
     world.put(f"{DAY}/0.des", "d/f")
 
@@ -244,7 +269,9 @@ def test_every_inode_knows_its_parent(world: World) -> None:
 
 
 def test_inodes_are_unique_and_survive_a_remount(world: World) -> None:
-    """Slots come from a hash of the container's key, so that inode numbers survive a remount."""
+    """docs/semantics.md: Inode numbers are unique, and the same after a remount as long as the container is the same.
+
+    Slots come from a hash of the container's key."""
     for n in range(16):
         world.put(f"{DAY}/{n:x}.des", *(f"d{n}/f{k}" for k in range(50)))
 
@@ -304,12 +331,16 @@ def test_reading_a_directory_is_eisdir(world: World) -> None:
 
 
 def test_damaged_entries_are_eio_and_the_rest_is_read(world: World) -> None:
-    """An entry whose payload is not inside DATA, or that has a reserved flag: that entry is EIO and reported."""
+    """docs/semantics.md: An entry whose payload lies outside DATA, or that has a flag which is not known, answers EIO.
+    The rest of its container is readable.
+
+    Each is reported."""
     (world.root / DAY).mkdir()
     items = [
         Item(b"good", b"fine"),
         Item(b"outside", b"x", data_offset=10**9),
         Item(b"packed", b"y", flags=COMPRESSED),
+        Item(b"unknown", b"y", flags=1 << 30),
         Item(b"twice", b"older"),
         Item(b"twice", b"newer", data_offset=10**12),
         Item(b"../escape", b"z"),
@@ -317,11 +348,12 @@ def test_damaged_entries_are_eio_and_the_rest_is_read(world: World) -> None:
     (world.root / DAY / "0.des").write_bytes(build(items))
 
     async def main() -> None:
-        assert sorted(await world.names(DAY)) == ["good", "outside", "packed", "twice"]
+        assert sorted(await world.names(DAY)) == ["good", "outside", "packed", "twice", "unknown"]
         assert await world.read(f"{DAY}/good") == b"fine"
         expected: list[tuple[str, type[DesFormatError]]] = [
             ("outside", CorruptEntry),
             ("packed", UnsupportedEntry),
+            ("unknown", UnsupportedEntry),
             ("twice", CorruptEntry),
         ]
         for name, kind in expected:
@@ -336,8 +368,9 @@ def test_damaged_entries_are_eio_and_the_rest_is_read(world: World) -> None:
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_a_container_that_went_between_open_and_read_is_estale_for_the_old_inode(world: World, removed: bool) -> None:
-    """An object that was replaced gives 412: the container is reopened under a new slot, and old inodes answer ESTALE;
-    old index and new bytes never mix."""
+    """docs/semantics.md: Where it stands nowhere, they answer ESTALE, and the next lookup finds what is there now.
+
+    An object that was replaced gives 412: the container is reopened under a new slot."""
     world.put(f"{DAY}/0.des", "f", "g")
     world.put(f"{DAY}/1.des", "h")
 
@@ -349,8 +382,9 @@ def test_a_container_that_went_between_open_and_read_is_estale_for_the_old_inode
         else:
             world.put(f"{DAY}/0.des", "f", content=" is new")
         for _ in range(2):
-            with pytest.raises(StaleInode):
+            with pytest.raises(StaleInode) as caught:
                 await world.fs.read(old.inode, 0, 10)
+            assert errno_of(caught.value) == errno.ESTALE
         day = directory_inode(DAY.encode())
         assert world.kernel.told == [(day, None), (day, b"f"), (day, b"g")]
         if removed:
@@ -415,8 +449,11 @@ def test_what_was_read_before_a_container_went_can_still_be_read(world: World) -
 
 
 def test_an_open_file_goes_on_after_a_merge(world: World) -> None:
-    """A merge or a seal moves content to another container, and deletes the parts: the old inode is read on there, if
-    size, time and checksum are the same. Who knows of the merge asks the store for nothing twice."""
+    """docs/semantics.md: When a container is replaced or removed, files of it that are open are read on where the same
+    content stands now, as after a merge or a seal; size, time and checksum tell.
+
+    A merge or a seal moves content to another container, and deletes the parts. Who knows of the merge asks the store
+    for nothing twice."""
     for day in (DAY, "archive"):
         world.put(f"{day}/0-000001.des", "f", "d/g")
         world.put(f"{day}/0-000002.des", "changed", "h")
@@ -451,7 +488,10 @@ def test_an_open_file_goes_on_after_a_merge(world: World) -> None:
 
 @pytest.mark.parametrize("same", ["checksum", "sha256", "nothing"])
 def test_only_a_checksum_tells_that_content_is_the_same(world: World, same: str) -> None:
-    """Without one, or with another time, a file that moved is another file."""
+    """docs/semantics.md: When a container is replaced or removed, files of it that are open are read on where the same
+    content stands now, as after a merge or a seal; size, time and checksum tell.
+
+    Without a checksum, or with another time or size, a file that moved is another file."""
     data = b"12345"
     checksums: dict[str, dict[str, object]] = {
         "checksum": meta_of(data, mtime=5),
@@ -464,11 +504,12 @@ def test_only_a_checksum_tells_that_content_is_the_same(world: World, same: str)
         with DesWriter(world.root / DAY / stem) as writer:
             writer.add_file("f", data, checksums[same])
             writer.add_file("g", data, checksums[same] | more)
+            writer.add_file("h", data + b"6" * len(more), checksums[same])  # whatever its checksum says
 
     put("0-000001.des", {})
 
     async def main() -> None:
-        f, g = await world.at(f"{DAY}/f"), await world.at(f"{DAY}/g")
+        f, g, h = [await world.at(f"{DAY}/{name}") for name in "fgh"]
         put("0.des", {"mtime": 6})
         (world.root / DAY / "0-000001.des").unlink()
         if same == "nothing":
@@ -476,8 +517,9 @@ def test_only_a_checksum_tells_that_content_is_the_same(world: World, same: str)
                 await world.fs.read(f.inode, 0, 10)
         else:
             assert bytes(await world.fs.read(f.inode, 0, 10)) == data
-        with pytest.raises(StaleInode):
-            await world.fs.read(g.inode, 0, 10)
+        for other in (g, h):
+            with pytest.raises(StaleInode):
+                await world.fs.read(other.inode, 0, 10)
 
     run(world, main)
 
@@ -649,8 +691,8 @@ def test_a_random_history_shows_what_is_stored(world: World) -> None:
 
 
 def test_extended_attributes_tell_where_a_file_lies_and_its_metadata(world: World) -> None:
-    """Extended attributes: `user.des.container`, `user.des.id`, `user.des.meta` (the raw JSON), `user.mime_type`,
-    `user.sha256`."""
+    """docs/semantics.md: Files have the extended attributes `user.des.container`, `user.des.id`, `user.des.meta` (the
+    metadata as stored), `user.mime_type` and `user.sha256`, as far as their metadata has them."""
     (world.root / DAY).mkdir()
     with DesWriter(world.root / DAY / "0.des") as writer:
         writer.add_file("f", b"x", {"id": "I-1", "mime": "text/plain", "sha256": "nonsense", "own": {"ż": 1}})
@@ -737,16 +779,81 @@ def test_control_files_say_what_they_should_and_ask_the_store_nothing(world: Wor
     run(world, main)
 
 
-def test_totals_are_those_of_open_containers(world: World) -> None:
+def sizes(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def test_totals_are_the_bytes_of_the_store_and_the_files_of_open_containers(world: World) -> None:
+    """docs/semantics.md: The number that `df -i` shows is that of the files in those containers whose indexes have been
+    read.
+
+    The bytes are those of all objects below the folders of the root, and of the containers beside them."""
     put_sharded(world.root, DAY, {f"f{n}": b"x" for n in range(20)})
+    world.put("2026-11-19/0.des", "old", "older")
+    world.put("2026-11-21.des", "beside")
+    (world.root / "2026-11-19/_bigFiles/deep").mkdir(parents=True)
+    (world.root / "2026-11-19/_bigFiles/deep/external").write_bytes(b"e" * 5000)
+    (world.root / "folder").mkdir()
+    (world.root / "folder/foreign").write_bytes(b"f" * 700)
+    size = sizes(world.root) - (world.root / ".desfs.json").stat().st_size
 
     async def main() -> None:
-        assert world.fs.totals() == (0, 0)
+        assert await world.fs.statfs() == (size, 0)
         await world.names(DAY)
-        size = sum(path.stat().st_size for path in (world.root / DAY).iterdir())
-        assert world.fs.totals() == (size, 20)
+        assert await world.fs.statfs() == (size, 20)
+        await world.names("2026-11-19")
+        assert await world.fs.statfs() == (size, 22)
 
     run(world, main)
+
+
+def test_who_asks_for_totals_waits_two_seconds_and_the_next_one_has_the_rest(world: World) -> None:
+    """docs/semantics.md: The size that `df` shows is the bytes of all objects in the store's days and other folders,
+    and of the containers beside them, as far as they could be listed in two seconds."""
+    world.put(f"{DAY}/0.des", "f")
+    clock = trio.testing.MockClock(rate=1.0)
+    found: list[tuple[int, int]] = []
+
+    async def ask() -> None:
+        found.append(await world.fs.statfs())
+
+    async def main() -> None:
+        await ask()
+        for day in ("2026-11-18", "2026-11-19"):
+            world.put(f"{day}/0.des", "g")
+        await world.fs.refresh()
+        world.store.before = gate = Gate(lambda method, key: key.startswith("2026-11-1"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await until(lambda: gate.waiting == 2)
+            clock.jump(1.5)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert len(found) == 1
+            clock.jump(1)
+        gate.open()
+        await ask()
+        assert [size for size, _ in found] == [sizes(world.root / DAY)] * 2 + [sizes(world.root)]
+
+    run(world, main, clock)
+
+
+def test_a_day_that_cannot_be_listed_is_not_counted(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who asks for the totals gets what is known, and the log says what is not."""
+    world.put(f"{DAY}/0.des", "f")
+    world.put("2026-11-19/0.des", "g")
+
+    def fail(method: str, key: str) -> None:
+        if key == "2026-11-19/":
+            raise StoreUnavailable("down")
+
+    async def main() -> None:
+        world.store.before = fail
+        assert (await world.fs.statfs())[0] == sizes(world.root / DAY)
+        world.store.before = lambda method, key: None
+        assert (await world.fs.statfs())[0] == sizes(world.root)
+
+    run(world, main)
+    assert "a day is not counted" in capsys.readouterr().out
 
 
 def test_stale_and_foreign_inodes_are_estale(world: World) -> None:

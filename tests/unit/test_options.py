@@ -15,7 +15,7 @@ KNOWN = frozenset(MountSettings.model_fields)
 
 
 def parsed(*lists: str) -> dict[str, str]:
-    return parse_options(list(lists), KNOWN)
+    return parse_options(list(lists), KNOWN)[0]
 
 
 @given(st.lists(st.text(min_size=1, max_size=8)))
@@ -49,6 +49,12 @@ def test_words_of_mount_and_fstab_say_nothing() -> None:
 def test_an_unknown_option_names_the_nearest_one(option: str, hint: str) -> None:
     with pytest.raises(UsageError, match=f"unknown mount option .*did you mean {hint}"):
         parsed(option)
+
+
+def test_an_unknown_option_passes_when_mount_is_sloppy() -> None:
+    """mount(8), -s: tolerate options that are not known."""
+    found = parse_options(["a,refresh=5,b=1,strict"], KNOWN, sloppy=True)
+    assert found == ({"refresh": "5", "strict": "true"}, ["a", "b"])
 
 
 def test_an_unknown_option_without_a_neighbour_is_named_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -13,12 +14,14 @@ import trio
 import trio.testing
 
 from des_format import placement_shard, shard_hex
-from desfs.day import Changes, DayView
-from desfs.errors import AccessDenied, DamagedDay, DesfsError, NoSuchPath, StoreError, StoreUnavailable
+from desfs.day import DayView
+from desfs.errors import AccessDenied, DamagedDay, DesfsError, NoSuchPath, StoreError, StoreUnavailable, errno_of
 from desfs.layout import Layout
 from desfs.problems import Problems
+from desfs.settings import MountSettings
 from desfs.store.file import FileStore
 from desfs.store_threads import StoreThreads
+from desfs.surroundings import Changes
 from desfs.tree import DayTree
 from desfs.views import Views
 from tests.fakes.faulty_store import FaultyStore
@@ -236,8 +239,8 @@ def test_a_layout_that_is_written_later_is_used(world: World) -> None:
 
 
 def test_the_root_has_days_and_other_names_that_hold_containers(world: World) -> None:
-    """Root: one directory per day, plus one per other `NAME.des` or `NAME/` that holds containers. `_bigFiles/` and
-    foreign objects are not shown."""
+    """docs/semantics.md: The root has one directory per day (`2026-11-20`), and one per other `NAME.des` or `NAME/`
+    that holds containers. The folders `_bigFiles/` and objects that are no containers are not shown."""
     world.put("2026-11-20/0.des", "a")
     world.put("2026-11-21.des", "b")
     world.put("archive/0.des", "c")
@@ -250,6 +253,9 @@ def test_the_root_has_days_and_other_names_that_hold_containers(world: World) ->
     (world.root / "notes.txt").write_text("x")
     (world.root / "2026-13-45").mkdir()
     (world.root / "2026-13-45/no-day").write_text("x")
+    (world.root / "2026-11-20/_bigFiles").mkdir()
+    (world.root / "2026-11-20/_bigFiles/looks-like-a-container.des").write_text("x")
+    (world.root / "2026-11-20/notes.txt").write_text("x")
 
     async def main() -> None:
         await world.start()
@@ -348,11 +354,28 @@ def test_days_come_and_go(world: World) -> None:
     run(main)
 
 
+def test_a_file_that_a_directory_hides_is_reported(world: World) -> None:
+    """docs/semantics.md: Where a file and a directory have one name, the directory is shown and the file reported."""
+    world.put(f"{DAY}/0.des", "a", "d/b/c")
+    world.put(f"{DAY}/1.des", "a/x", "d/b")
+
+    async def main() -> None:
+        await world.start()
+        assert await world.names() == [b"a/x", b"d/b/c"]
+        assert (await world.find("a"), await world.find("d/b")) == (None, None)
+        assert sorted(world.problems.lines()) == [
+            f"{DAY}/0.des: file 'a' is hidden by a directory of that name",
+            f"{DAY}/1.des: file 'd/b' is hidden by a directory of that name",
+        ]
+
+    run(main)
+
+
 # --- refused containers ------------------------------------------------------------------------------------------
 
 
 def test_a_day_with_a_refused_container_lists_the_rest_and_says_so(world: World) -> None:
-    """A day with a refused container lists the rest and says so."""
+    """docs/semantics.md: A container that is none is left out and reported; the day's other containers are shown."""
     world.put(f"{DAY}/0.des", "a")
     (world.root / DAY / "1.des").write_bytes(b"garbage" * 100)
     (world.root / DAY / "2.des").write_bytes(b"")
@@ -409,7 +432,7 @@ def test_what_was_said_of_a_container_goes_with_it(world: World) -> None:
 
 
 def test_strict_answers_for_the_whole_day(tmp_path: Path) -> None:
-    """With `-o strict` the directory of a day with a refused container answers EIO instead."""
+    """docs/semantics.md: With `-o strict` the day of such a container answers EIO."""
     world = World(tmp_path, strict=True)
     put_sharded(world.root, DAY, {"a": b"x", "b": b"y"})
     (world.root / DAY / "zz.des").write_bytes(b"garbage" * 100)
@@ -418,8 +441,9 @@ def test_strict_answers_for_the_whole_day(tmp_path: Path) -> None:
     async def main() -> None:
         await world.start()
         for path in ("a", "nothing"):
-            with pytest.raises(DamagedDay, match=r"zz\.des"):
+            with pytest.raises(DamagedDay, match=r"zz\.des") as caught:
                 await world.find(path)
+            assert errno_of(caught.value) == errno.EIO
         with pytest.raises(DamagedDay):
             await world.names()
         assert await world.names("2026-11-21") == [b"fine"]
@@ -524,8 +548,10 @@ def test_what_another_lookup_finds_out_reaches_the_shards_that_were_open_already
 
 
 def test_what_all_indexes_together_show_otherwise_than_one_of_them_is_told(world: World) -> None:
-    """A lookup asks the index of its shard alone; where a listing of the day then finds a newer container of that name
-    in another shard, the kernel hears of this name, and of no other."""
+    """docs/semantics.md: A lookup that needs one index alone decides by what is in that index, until the day is listed.
+
+    Where a listing of the day then finds a newer container of that name in another shard, the kernel hears of this
+    name, and of no other."""
     where = put_sharded(world.root, DAY, {"a": b"own shard", "b": b"b", "dir/c": b"c"})
     other = world.root / DAY / "zz.des"
     put_container(other, {"a": b"newer, elsewhere", "dir/new": b"x"})
@@ -784,8 +810,9 @@ def test_those_who_wait_for_one_that_fails_fail_with_it(world: World, failing: s
 
 
 def test_closed_days_are_listed_again_much_more_rarely(world: World) -> None:
-    """Old days do not change: their mtime is their end, and never changes. The open day is listed again every
-    `refresh` seconds."""
+    """docs/semantics.md: Open days are listed again every `refresh=` seconds (10), other days sixty times more rarely.
+
+    Old days do not change: their mtime is their end, and never changes."""
     world.put("2020-02-29/0.des", "a")
     world.put("2999-01-01/0.des", "b")
     world.put("archive/0.des", "c")
@@ -794,11 +821,22 @@ def test_closed_days_are_listed_again_much_more_rarely(world: World) -> None:
         await world.start()
         old, new, other = [await world.day(name) for name in ("2020-02-29", "2999-01-01", "archive")]
         assert not any(day.due(trio.current_time() + 1e9, 10) for day in (old, new, other))
+        began = trio.current_time()
         for day in (old, new, other):
             await day.load()
-        soon = trio.current_time() + 15
-        assert [day.due(soon, 10) for day in (old, new, other)] == [False, True, True]
-        assert old.due(soon + 600, 10)
+        ended = trio.current_time()
+        refresh_s = MountSettings().refresh
+        assert refresh_s == 10
+        due = {
+            after: [day.due(since + after, refresh_s) for day in (old, new, other)]
+            for since, after in ((began, 9.9), (ended, 10.1), (began, 599.9), (ended, 600.1))
+        }
+        assert due == {
+            9.9: [False, False, False],
+            10.1: [False, True, True],
+            599.9: [False, True, True],
+            600.1: [True, True, True],
+        }
         assert old.mtime_ns == 1_583_020_800 * 10**9
         assert new.mtime_ns == (world.root / "2999-01-01/0.des").stat().st_mtime_ns
 
@@ -807,7 +845,10 @@ def test_closed_days_are_listed_again_much_more_rarely(world: World) -> None:
 
 @pytest.mark.parametrize("name", ["2020-02-29", "2999-01-01"])
 def test_no_two_contents_of_a_day_have_the_same_time(world: World, name: str) -> None:
-    """The kernel keeps a listing as long as the directory's mtime is the same: it changes with every change, also of a
+    """docs/semantics.md: When a day's containers change under a mount, a nanosecond is added for each change, so that
+    everybody notices.
+
+    The kernel keeps a listing as long as the directory's mtime is the same: it changes with every change, also of a
     closed day, whatever the times of the containers; and not before the new content is there."""
     world.put(f"{name}/0.des", "a")
     os.utime(world.root / name / "0.des", ns=(10**18, 10**18))
@@ -844,6 +885,8 @@ def test_no_two_contents_of_a_day_have_the_same_time(world: World, name: str) ->
         await look()
         assert len({time_ns for time_ns, _ in seen}) == len({tuple(names) for _, names in seen}) == 5
         assert seen[-1] == seen[-2]
+        first, second, third = [time_ns for time_ns, _ in seen[:3]]
+        assert (second, third) == (first + 1, first + 2)
 
     run(main)
 

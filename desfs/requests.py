@@ -1,0 +1,48 @@
+"""The requests that the kernel waits for: which, and for how long. One thread."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class OpenRequest(NamedTuple):
+    """A request that has not been answered, and how long it has been waiting."""
+
+    operation: str
+    age_s: float
+
+
+class OpenRequests:
+    """Requests between their arrival and their answer. `clock` gives seconds, ascending."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._numbers = itertools.count()
+        self._open: dict[int, tuple[str, float]] = {}  # the oldest first
+
+    def begin(self, operation: str) -> int:
+        """A request has come; its number, for `end`."""
+        number = next(self._numbers)
+        self._open[number] = operation, self._clock()
+        return number
+
+    def end(self, number: int) -> None:
+        """It has been answered."""
+        del self._open[number]
+
+    def oldest(self) -> OpenRequest | None:
+        """The one that has been waiting longest."""
+        return next(iter(self.all()), None)
+
+    def all(self) -> list[OpenRequest]:
+        """All of them, the oldest first."""
+        now = self._clock()
+        return [OpenRequest(operation, now - began) for operation, began in self._open.values()]
+
+    def state(self) -> dict[str, float]:
+        """For the statistics."""
+        oldest = self.oldest()
+        return {"open": len(self._open), "oldest_seconds": 0.0 if oldest is None else round(oldest.age_s, 3)}
