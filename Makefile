@@ -2,19 +2,47 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --no-cache-dir --no-warn-script-location
+PIP_INSTALL := -m pip -qq --disable-pip-version-check --no-input install --no-cache-dir --no-warn-script-location
+PIP := $(BIN)/python $(PIP_INSTALL)
 
 RUN_PACKAGES := python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3
-TEST_PACKAGES := $(RUN_PACKAGES) redis-server rsync attr strace
+TEST_PACKAGES := $(RUN_PACKAGES) redis-server rsync attr strace systemd
 
 # What an installation is made from, besides the modules themselves.
 INSTALLED := setup.cfg pyproject.toml setup.py desfs/_levers.c
+SOURCES := setup.cfg pyproject.toml setup.py README.md LICENSE des_format desfs assignment
 
 BENCH_PACKAGES := $(TEST_PACKAGES) rclone s3fs
 
 # What `make bench` runs (all but the soak; e.g. BENCH='mount --quick'), and where its tables and its plot go.
 BENCH ?=
 BENCH_OUTPUT ?= build/bench
+
+# Where `make install` puts things. With DESTDIR= it does so below that directory, for a package, and leaves the machine
+# as it is: no packages are installed, no user is made, systemd is not told.
+DESTDIR ?=
+PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
+VENVDIR ?= $(PREFIX)/lib/desfs
+DATADIR ?= $(PREFIX)/share
+DOCDIR ?= $(DATADIR)/doc/desfs
+MANDIR ?= $(DATADIR)/man
+SYSTEMD_UNIT_DIR ?= $(PREFIX)/lib/systemd/system
+SYSUSERS_DIR ?= $(PREFIX)/lib/sysusers.d
+TMPFILES_DIR ?= $(PREFIX)/lib/tmpfiles.d
+# mount(8) looks for its helpers there alone. `mount -t` takes both types; a mount calls itself by the longer one.
+MOUNT_HELPER_DIR ?= /sbin
+MOUNT_HELPERS := mount.desfs mount.fuse.desfs
+# Who is asked for the manual and the completions.
+MANUAL_PYTHON ?= $(DESTDIR)$(VENVDIR)/bin/python
+# More options for pip, such as --no-index --find-links=DIR.
+PIP_FLAGS ?=
+
+UNITS := desfs-mount@.service desfs-packer@.service
+EXAMPLES := systemd/mnt-des.mount systemd/mnt-des.automount $(wildcard systemd/examples/*)
+COMPLETIONS := bash:bash-completion/completions/desfs zsh:zsh/site-functions/_desfs \
+	fish:fish/vendor_completions.d/desfs.fish
+DOCUMENTS := README.md $(wildcard docs/*.md)
 
 # Installs those of the packages that are missing; asks the network only then.
 define install-packages
@@ -53,6 +81,90 @@ check: test-packages $(BIN)/.test-stamp
 .PHONY: bench
 bench: bench-packages $(BIN)/.bench-stamp
 	@$(BIN)/python -m tests.bench $(BENCH) --output $(BENCH_OUTPUT)
+
+.PHONY: install
+install: install-program install-units install-documents install-manual
+ifeq ($(DESTDIR),)
+	@if command -v systemd-tmpfiles >/dev/null; then \
+		systemd-sysusers '$(SYSUSERS_DIR)/desfs.conf' && systemd-tmpfiles --create '$(TMPFILES_DIR)/desfs.conf'; \
+	fi
+	@test ! -d /run/systemd/system || systemctl daemon-reload
+endif
+
+# The program in a virtual environment of its own, built beside the one that is there and put in its place when it is
+# whole. What names the place where it was built is made to name its last one. Not every module of the dependencies is
+# for this version of Python: what does not compile is left as it is.
+.PHONY: install-program
+install-program: $(if $(DESTDIR),,run-packages)
+	@umask 022; set -e; above='$(DESTDIR)$(dir $(VENVDIR))'; mkdir -p "$$above"; \
+	place="$$(cd "$$above"; pwd)/$(notdir $(VENVDIR))"; new="$$place.new"; source=$$(mktemp -d); \
+	trap 'rm -rf "$$source" "$$new"' EXIT; \
+	echo "Installing desfs into $$place"; \
+	cp -R $(SOURCES) "$$source"; \
+	find "$$source" -name '*.so' -delete; \
+	rm -rf "$$new"; \
+	$(PYTHON) -m venv "$$new"; \
+	"$$new/bin/python" $(PIP_INSTALL) --no-compile $(PIP_FLAGS) "$$source[redis]"; \
+	rm -f "$$new"/lib/python*/site-packages/desfs-*.dist-info/direct_url.json; \
+	grep -rlIF "$$new" "$$new/bin" "$$new/pyvenv.cfg" | while IFS= read -r file; do \
+		sed -i "s|$$new|$(VENVDIR)|g" "$$file"; \
+	done; \
+	"$$new/bin/python" -m compileall -qq -f -j 0 -s "$$new" -p '$(VENVDIR)' "$$new/lib" || :; \
+	rm -rf "$$place"; mv "$$new" "$$place"; \
+	install -d '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(MOUNT_HELPER_DIR)'; \
+	ln -sfn '$(VENVDIR)/bin/desfs' '$(DESTDIR)$(BINDIR)/desfs'; \
+	for helper in $(MOUNT_HELPERS); do \
+		ln -sfn '$(VENVDIR)/bin/mount.desfs' "$(DESTDIR)$(MOUNT_HELPER_DIR)/$$helper"; \
+	done; \
+	path=$$(readlink -f "$$place/bin/python"); \
+	while test "$$path" != /; do \
+		case $$(stat -c %A "$$path") in \
+			*x|*t) path=$$(dirname "$$path");; \
+			*) echo "make: other users may not use $$path and cannot mount; take another PYTHON=" >&2; break;; \
+		esac; \
+	done
+
+.PHONY: install-units
+install-units:
+	@umask 022; set -e; \
+	install -d '$(DESTDIR)$(SYSTEMD_UNIT_DIR)' '$(DESTDIR)$(SYSUSERS_DIR)' '$(DESTDIR)$(TMPFILES_DIR)'; \
+	for unit in $(UNITS); do \
+		sed -e 's|@BINDIR@|$(BINDIR)|g' -e 's|@DOCDIR@|$(DOCDIR)|g' "systemd/$$unit" \
+			>"$(DESTDIR)$(SYSTEMD_UNIT_DIR)/$$unit"; \
+	done; \
+	install -m 644 systemd/sysusers.d/desfs.conf '$(DESTDIR)$(SYSUSERS_DIR)'; \
+	install -m 644 systemd/tmpfiles.d/desfs.conf '$(DESTDIR)$(TMPFILES_DIR)'
+
+.PHONY: install-documents
+install-documents:
+	@umask 022; set -e; \
+	install -d '$(DESTDIR)$(DOCDIR)/examples'; \
+	install -m 644 $(DOCUMENTS) '$(DESTDIR)$(DOCDIR)'; \
+	install -m 644 $(EXAMPLES) '$(DESTDIR)$(DOCDIR)/examples'
+
+# What the program says of itself: man pages, and what shells ask when they complete a word.
+.PHONY: install-manual
+install-manual: install-program
+	@umask 022; set -e; python='$(MANUAL_PYTHON)'; \
+	"$$python" -B -m desfs.cli.man '$(DESTDIR)$(MANDIR)'; \
+	for pair in $(COMPLETIONS); do \
+		file='$(DESTDIR)$(DATADIR)'/"$${pair#*:}"; mkdir -p "$$(dirname "$$file")"; \
+		_DESFS_COMPLETE="source_$${pair%%:*}" "$$python" -B -c \
+			'import sys; sys.argv = ["desfs"]; from desfs.cli import main; main()' >"$$file"; \
+	done
+
+# What `install` has put there. Settings, spools, caches and the user desfs stay.
+.PHONY: uninstall
+uninstall:
+	@rm -rf '$(DESTDIR)$(VENVDIR)' '$(DESTDIR)$(DOCDIR)'
+	@rm -f '$(DESTDIR)$(BINDIR)/desfs' $(patsubst %,'$(DESTDIR)$(MOUNT_HELPER_DIR)/%',$(MOUNT_HELPERS))
+	@rm -f $(patsubst %,'$(DESTDIR)$(SYSTEMD_UNIT_DIR)/%',$(UNITS))
+	@rm -f '$(DESTDIR)$(SYSUSERS_DIR)/desfs.conf' '$(DESTDIR)$(TMPFILES_DIR)/desfs.conf'
+	@rm -f '$(DESTDIR)$(MANDIR)/man1/desfs.1' '$(DESTDIR)$(MANDIR)/man8/mount.desfs.8'
+	@rm -f $(foreach pair,$(COMPLETIONS),'$(DESTDIR)$(DATADIR)/$(lastword $(subst :, ,$(pair)))')
+ifeq ($(DESTDIR),)
+	@test ! -d /run/systemd/system || systemctl daemon-reload
+endif
 
 # What the other targets made, but for .venv and the extension; `distclean` takes these as well.
 .PHONY: clean

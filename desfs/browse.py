@@ -6,7 +6,6 @@ containers, same checks.
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from desfs.fs import Attributes, FileSystem
 from desfs.inode import ROOT, InodeNumber, split_file_inode
 from desfs.settings import MountSettings
 from desfs.store.base import Answer, CopyRange, Listing, Store
-from desfs.store.url import local_root, open_store
+from desfs.store.url import open_store, split_place
 from desfs.tasks import first_of
 
 T = TypeVar("T")
@@ -120,16 +119,15 @@ def open_place(place: str, settings: MountSettings) -> tuple[Store, str]:
 
     Raises: UsageError; NoSuchObject for a container that is not there.
     """
-    root = local_root(place)
-    if not place.endswith(CONTAINER_SUFFIX) or (root is not None and root.is_dir()):
-        return open_store(place, settings.s3_options(), deadline_s=settings.deadline), ""
-    folder, _, name = (place if root is None else os.path.abspath(root)).rpartition("/")
-    store = open_store(folder or "/", settings.s3_options(), deadline_s=settings.deadline)
-    alone = OneContainer(store, name)
-    if not alone.list().objects:
+    url, key = split_place(place)
+    store = open_store(url, settings.s3_options(), deadline_s=settings.deadline)
+    if key is None:
+        return store, ""
+    alone = OneContainer(store, key)
+    if not alone.list(key).objects:
         store.close()
         raise NoSuchObject(f"{place}: no such container")
-    return alone, name.removesuffix(CONTAINER_SUFFIX)
+    return alone, key.rpartition("/")[0] or key.removesuffix(CONTAINER_SUFFIX)
 
 
 class OneContainer:
@@ -144,8 +142,11 @@ class OneContainer:
         return self._store.url
 
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
+        below, slash, _ = self._key.removeprefix(prefix).partition("/")
         if not self._key.startswith(prefix):
             return Listing((), ())
+        if delimiter and slash:
+            return Listing((), (f"{prefix}{below}/",))
         objects = self._store.list(self._key, delimiter=True).objects
         return Listing(tuple(info for info in objects if info.key == self._key), ())
 

@@ -179,7 +179,7 @@ def load_settings(kind: type[S], given: Mapping[str, Any], name_of: Callable[[st
     Raises: UsageError naming the option, the variable or the file's key that makes no sense.
     """
     path = given.get("config") or os.environ.get(f"{_PREFIX}CONFIG")
-    from_file = {} if path is None else read_config(path, kind)
+    from_file = read_config(path, kind) if path else {}
     merged = {name: value for name, value in from_file.items() if f"{_PREFIX}{name.upper()}" not in os.environ}
     merged |= given
     try:

@@ -51,7 +51,7 @@ def ls(
 @takes_store_options
 def cat(
     store: StoreUrl,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Files, such as 2026-11-20/report.pdf.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Files, such as 2026-11-20/report.pdf.")],
     *,
     options: dict[str, Any],
 ) -> None:
@@ -65,7 +65,7 @@ def cat(
 @takes_store_options
 def stat(
     store: StoreUrl,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Files or directories.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Files or directories.")],
     json: Json = False,
     *,
     options: dict[str, Any],
@@ -96,7 +96,7 @@ def extract(
 @takes_store_options
 def import_(
     store: Annotated[str, typer.Option(metavar="URL", help="s3://bucket/prefix, file:///directory or a directory.")],
-    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Directories, tar files, zip files, files.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Directories, tar files, zip files, files.")],
     day: Annotated[str | None, typer.Option(metavar="DAY", help="The day that gets them. [today]")] = None,
     day_from: Annotated[
         str | None, typer.Option(metavar="mtime", help="The day of each file: that of its modification time.")
@@ -108,7 +108,7 @@ def import_(
     ] = None,
     max_container_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help="Cut containers here. [256M]")] = None,
     max_container_files: Annotated[int | None, typer.Option(help="Cut containers here. [65536]")] = None,
-    json: Json = False,
+    json: Annotated[bool, typer.Option("--json", help="The summary as a JSON object.")] = False,
     *,
     options: dict[str, Any],
 ) -> None:

@@ -135,6 +135,8 @@ def _prepare(parsed: argparse.Namespace) -> tuple[str, str, Serve]:
 
         take_into_use(settings.cache_dir)
     source = parsed.source
+    if not source:
+        raise UsageError("the source is empty: want s3://bucket/prefix, file:///directory or a directory")
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source):
         source = os.path.abspath(source)
     try:
@@ -171,8 +173,9 @@ def _settings(given: dict[str, str], here: str = "") -> MountSettings:
     def in_full(path: str | None) -> str | None:
         return path and os.path.abspath(os.path.join(here, path))
 
-    if "config" in given or "DESFS_CONFIG" in os.environ:
-        given = given | {"config": str(in_full(given.get("config") or os.environ["DESFS_CONFIG"]))}
+    config = given.get("config") or os.environ.get("DESFS_CONFIG")
+    if config:
+        given = given | {"config": str(in_full(config))}
     settings = load_settings(MountSettings, given, lambda name: f"mount option {name}")
     paths = {name: in_full(getattr(settings, name)) for name in ("log_file", "ca_bundle", "cache_dir")}
     return settings.model_copy(update=paths)
@@ -208,7 +211,6 @@ def _run_daemon(serve: Serve, writer: int) -> NoReturn:
 
     status = 1
     try:
-        os.setsid()
         os.chdir("/")
         serve(functools.partial(_ready, writer), ServiceManager({}))
         status = 0
@@ -221,6 +223,9 @@ def _run_daemon(serve: Serve, writer: int) -> NoReturn:
 
 
 def _ready(writer: int) -> None:
+    # Not before: what looks at an automount point waits for the mount, all but the process group of who makes it, in
+    # which systemd starts mount(8) (Linux, fs/autofs/autofs_i.h, autofs_oz_mode).
+    os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)

@@ -1,4 +1,4 @@
-"""From claimed files to a container file. Blocking."""
+"""From claimed files to a container file, and what imports share of that. Blocking."""
 
 from __future__ import annotations
 
@@ -57,6 +57,66 @@ class Checksums:
         """The keys of META for what has been read. Raises: SizeMismatch when it is not what `blocks` was made for."""
         blocks = {} if self._blocks is None else self._blocks.meta()
         return {"sha256": self._sha256.hexdigest(), "crc32c": f"{self._crc32c:08x}", **blocks}
+
+
+def file_meta(mtime_ns: int | None, mode: int | None, checksums: Checksums) -> dict[str, Any]:
+    """The keys of META for a file whose payload has been read, in the order that parses fast
+    (`des_format.packed_meta`): its modification time, its permission bits, where they are known, its checksums.
+
+    Raises: as `Checksums.meta`.
+    """
+    meta: dict[str, Any] = {}
+    if mtime_ns is not None:
+        meta["mtime"] = Decimal(mtime_ns).scaleb(-9).normalize()
+    if mode is not None:
+        meta["mode"] = mode & _PERMISSIONS
+    return {**meta, **checksums.meta()}
+
+
+def add_internal(
+    writer: DesWriter, name: str, size: int, checksums: Checksums, meta: Callable[[], dict[str, Any]]
+) -> None:
+    """Add an entry whose payload lies in the container; `meta` is called when its last byte has been read.
+
+    Raises: SizeMismatch when it has not `size` bytes, what the source and `meta` raise (the container can be continued
+    without the entry); OSError.
+    """
+    if size > _IN_MEMORY:
+        writer.add_stream(name, checksums, size, meta)
+        return
+    data = checksums.read(size + 1)
+    if len(data) != size:
+        raise SizeMismatch(f"{name!r}: found {len(data)} bytes or more, want {size}")
+    writer.add_file(name, data, meta())
+
+
+def put_external(
+    store: Retrying, path: Path, key: str, name: str, folder: str, effect: Callable[[str], None] = lambda name: None
+) -> str:
+    """Store the payload of the entry `name` of the container `key` where every reader looks; the object's key. Where
+    an earlier version of the name has taken that place, or a file has the name of a folder on the way there, which a
+    directory store cannot hold, this one gets `folder` of its own, which META has to record.
+
+    Raises: StoreError.
+    """
+    usual = external_key(key, name)
+    own = f"{key.rpartition('/')[0]}/{BIG_FILES_FOLDER}/{folder}/{name}"
+    refused: StoreError | None = None
+    for target in (usual, own):
+        effect(f"put {target}")
+        try:
+            store.put(target, path)
+            return target
+        except ObjectExists as error:
+            refused = error
+            # Ours from before a crash, or another version: the bytes tell.
+            if store.etag_if_holds(target, path) is not None:
+                return target
+        except StoreError as error:
+            if type(error) is not StoreError:  # those that say more concern the store, not the key
+                raise
+            refused = error
+    raise StoreError(f"{name!r} cannot be stored as an object of its own: {refused}") from refused
 
 
 @dataclass(slots=True)
@@ -135,50 +195,16 @@ class Builder:
                 return self._meta(item, status, checksums)
 
             if not external:
-                if size > _IN_MEMORY:
-                    writer.add_stream(item.name, checksums, size, checked_meta)
-                    return
-                data = checksums.read(size + 1)
-                if len(data) != size:
-                    raise FileChanged(item.path)
-                writer.add_file(item.name, data, checked_meta())
+                add_internal(writer, item.name, size, checksums, checked_meta)
                 return
             while checksums.read(_CHUNK):
                 pass
             checked_meta()  # before the upload: what has changed already need not travel
-            stored = self._put_external(path, item, key)
+            stored = put_external(self._store, path, key, item.name, item.id, self._effect)
             writer.add_external(item.name, size, checked_meta(), key=stored)
 
-    def _put_external(self, path: Path, item: Item, key: str) -> str:
-        """Store a payload of its own where every reader looks; the key. Where an earlier version of the name has taken
-        that place, or a file has the name of a folder on the way there, which a directory store cannot hold, this one
-        gets a folder of its own, which META records."""
-        usual = external_key(key, item.name)
-        own = f"{key.rpartition('/')[0]}/{BIG_FILES_FOLDER}/{item.id}/{item.name}"
-        refused: StoreError | None = None
-        for target in (usual, own):
-            self._effect(f"put {target}")
-            try:
-                self._store.put(target, path)
-                return target
-            except ObjectExists as error:
-                refused = error
-                # Ours from before a crash, or another version: the bytes tell.
-                if self._store.etag_if_holds(target, path) is not None:
-                    return target
-            except StoreError as error:
-                if type(error) is not StoreError:  # those that say more concern the store, not the key
-                    raise
-                refused = error
-        raise StoreError(f"{item.path!r} cannot be stored as an object of its own: {refused}") from refused
-
     def _meta(self, item: Item, status: os.stat_result, checksums: Checksums) -> dict[str, Any]:
-        meta: dict[str, Any] = {
-            "mtime": Decimal(status.st_mtime_ns).scaleb(-9).normalize(),
-            "mode": status.st_mode & _PERMISSIONS,
-            **checksums.meta(),
-            "id": item.id,
-        }
+        meta = {**file_meta(status.st_mtime_ns, status.st_mode, checksums), "id": item.id}
         if self._naming == "assigned":
             meta["original_name"] = item.path
         return meta

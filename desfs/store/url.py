@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from des_format.shards import CONTAINER_SUFFIX, guess_root
 from desfs.errors import StoreError, UsageError
 from desfs.store.base import S3Options, check_key
 from desfs.store.retrying import Retrying
@@ -46,6 +48,25 @@ def local_root(url: str) -> Path | None:
     if scheme is None:
         return Path(url).absolute()
     return Path(_path_of(url)) if scheme[1].lower() == "file" else None
+
+
+def split_place(place: str) -> tuple[str, str | None]:
+    """A store's URL, and the key of one container in it, for a place like `s3://bucket/2026-11-20/3f.des`; no key for a
+    place that is a store. The root is above the container's day, where its external objects and its layout are looked
+    for."""
+    root = local_root(place)
+    if not place.endswith(CONTAINER_SUFFIX) or (root is not None and root.is_dir()):
+        return place, None
+    if root is not None:
+        path = os.path.realpath(root)  # a store follows no links below its root
+        above = guess_root(path)
+        return above if above == "/" else above.rstrip("/"), path[len(above) :]
+    scheme, slashes, rest = place.partition("://")
+    bucket, slash, path = rest.partition("/")
+    if not slash:
+        return place, None
+    above = guess_root(path)
+    return f"{scheme}{slashes}{bucket}/{above}".rstrip("/"), path[len(above) :]
 
 
 def _path_of(url: str) -> str:

@@ -120,8 +120,10 @@ def worlds(request: pytest.FixtureRequest, forks: PackerForks, tmp_path: Path) -
 
 
 def test_wherever_the_packer_dies_every_file_is_packed_once(worlds: Worlds, forks: PackerForks) -> None:
-    """desfs/packer/worker.py: whatever a packer died before, the next one finishes it: each file is shown once, with
-    its bytes; the spool is empty; each object has its row."""
+    """docs/semantics.md: Killed at any moment and started again, the packer neither loses nor doubles a file.
+
+    desfs/packer/worker.py: whatever a packer died before, the next one finishes it: each file is shown once, with its
+    bytes; the spool is empty; each object has its row."""
     for n in itertools.count(1):
         world = worlds.fresh()
         run = world.pack(forks, die_at=n)
@@ -216,7 +218,9 @@ def test_a_packer_that_dies_over_s3_is_recovered(
 
 
 def test_packers_killed_at_any_moment_lose_nothing(tmp_path: Path) -> None:
-    """README: a packer may be killed at any time. Ten are, at random moments of their work, while files come in."""
+    """docs/semantics.md: Killed at any moment and started again, the packer neither loses nor doubles a file.
+
+    README: a packer may be killed at any time. Ten are, at random moments of their work, while files come in."""
     seeded = random.Random(20)
     spool, store = tmp_path / "spool", tmp_path / "store"
     spool.mkdir()

@@ -155,6 +155,11 @@ def test_a_variable_that_makes_no_sense_is_a_usage_error(store: Path, mount_dir:
     assert line.startswith("desfs: mount option refresh: ")
 
 
+def test_an_empty_source_is_a_usage_error(mount_dir: MountPoint) -> None:
+    """It would be the working directory: a variable that is not set must not mount that."""
+    assert "the source is empty" in failure("mount", "", mount_dir.path, status=2)
+
+
 def test_missing_arguments_are_a_usage_error(store: Path) -> None:
     for arguments in (["mount"], ["mount", store], ["mount", store, "/", "-q"]):
         done = desfs(*arguments)
@@ -170,6 +175,7 @@ def test_a_log_file_that_cannot_be_written_fails_the_mount(store: Path, mount_di
 # --- beginning ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)
 def test_the_root_answers_when_the_command_returns(s3: S3Server, bucket: str, store: Path, tmp_path: Path) -> None:
     """`desfs mount` returns only when the root answers: a hundred times, with a store that is slow to answer."""
     upload(s3, bucket, store)

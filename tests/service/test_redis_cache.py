@@ -198,10 +198,13 @@ def test_a_redis_that_failed_is_asked_again_after_a_while(
 
 
 def test_a_wedged_redis_costs_one_time_out(tmp_path: Path, announced_logs: list[str]) -> None:
-    """docs/operations.md: A Redis that fails is left alone for 30 seconds."""
+    """docs/semantics.md: It costs one time-out (2 s), and not one for each container.
+
+    docs/operations.md: A Redis that fails is left alone for 30 seconds."""
     announced_logs.append(FAILS)
     with redis_server(tmp_path) as server:
         cache = RedisIndexCache(server.url)
+        assert cache._client.connection_pool.connection_kwargs["socket_timeout"] == 2
         cache.put(KEY, b"value")
         assert cache.get(KEY) == b"value"
         os.kill(server.pid, signal.SIGSTOP)

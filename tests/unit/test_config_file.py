@@ -39,6 +39,8 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     assert load_settings(MountSettings, {"config": str(file), "refresh": "9"}, name_of).refresh == 9
     monkeypatch.setenv("DESFS_CONFIG", str(file))
     assert load_settings(MountSettings, {}, name_of).memory == 64 << 20
+    monkeypatch.setenv("DESFS_CONFIG", "")  # none
+    assert load_settings(MountSettings, {}, name_of).memory == 256 << 20
 
 
 @pytest.mark.parametrize(

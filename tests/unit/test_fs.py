@@ -830,6 +830,8 @@ def test_who_asks_for_totals_waits_two_seconds_and_the_next_one_has_the_rest(wor
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert len(found) == 1
             clock.jump(1)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert len(found) == 2
         gate.open()
         await ask()
         assert [size for size, _ in found] == [sizes(world.root / DAY)] * 2 + [sizes(world.root)]

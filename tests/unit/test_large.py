@@ -155,8 +155,10 @@ def test_a_large_payload_that_is_wrong_in_the_first_pass_only_is_served(large: W
 
 @pytest.mark.parametrize(("times", "served"), [(1, True), (2, False)])
 def test_a_unit_that_is_fetched_again_has_to_be_what_was_verified(large: World, times: int, served: bool) -> None:
-    """When META has a checksum, the bytes are verified before anybody sees them: also those of a unit that had left the
-    cache. A mismatch is fetched once more, then it is an error that is reported."""
+    """docs/semantics.md: On a mismatch they are fetched once more; when they are wrong again, the read answers EIO and
+    the problem is reported.
+
+    Bytes with a checksum are verified before anybody sees them: also those of a unit that had left the cache."""
 
     async def main() -> None:
         assert await large.read("large") == LARGE
@@ -256,6 +258,59 @@ def test_with_checksums_of_blocks_nobody_waits_for_the_whole(tmp_path: Path) -> 
     world.run(main)
 
 
+@pytest.mark.parametrize("where", ["external", "in the container"])
+def test_with_a_checksum_of_the_whole_alone_nobody_sees_a_byte_before_the_last_has_come(
+    tmp_path: Path, where: str
+) -> None:
+    """docs/semantics.md: With a checksum of the whole alone, the first read waits until all of the file has been read
+    once."""
+    if where == "external":
+        world, name, data = external_world(tmp_path, OLD, "whole"), NAME, OLD
+    else:
+        put_container(tmp_path / KEY, {"large": LARGE})
+        world, name, data = World(tmp_path), "large", LARGE
+    came = 0
+
+    def count(method: str, key: str, answer: bytes) -> bytes:
+        nonlocal came
+        came += len(answer)
+        return answer
+
+    world.store.change = count
+
+    async def main() -> None:
+        assert await world.read(name, 5, 10) == data[5:15]
+        assert came == len(data)
+        assert await world.read(name) == data
+        assert came == len(data)
+
+    world.run(main)
+
+
+def test_what_has_no_checksum_is_shown_as_it_is(tmp_path: Path) -> None:
+    """docs/semantics.md: Only files without any checksum are shown as they are."""
+    put_external(tmp_path, OLD)
+    small = Random(7).randbytes(100)
+    with DesWriter(tmp_path / KEY, external_prefix=f"{DAY}/") as writer:
+        writer.add_file("small", small)
+        writer.add_file("checked", small[::-1], meta_of(small[::-1]))
+        writer.add_external(NAME, len(OLD))
+    world = World(tmp_path)
+
+    def change(method: str, key: str, answer: bytes) -> bytes:
+        return answer.replace(small, small.upper()).replace(small[::-1], bytes(100)).replace(OLD[:8], b"8 others")
+
+    world.store.change = change
+
+    async def main() -> None:
+        assert await world.read("small") == small.upper() != small
+        assert await world.read(NAME) == b"8 others" + OLD[8:]
+        with pytest.raises(CorruptEntry):
+            await world.read("checked")
+
+    world.run(main)
+
+
 @pytest.mark.parametrize("at", [0, UNIT + 77, len(OLD) - 8])
 @pytest.mark.parametrize("kind", CHECKED)
 def test_a_wrong_byte_of_an_external_object_is_never_returned(tmp_path: Path, kind: str, at: int) -> None:
@@ -350,11 +405,13 @@ def test_a_recorded_key_in_a_folder_for_big_files_is_honoured(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("found", [None, b"", b"shor", b"longer"])
-@pytest.mark.parametrize("kind", CHECKED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_external_object_that_is_missing_or_has_another_size_is_an_error(
     tmp_path: Path, kind: str, found: bytes | None
 ) -> None:
-    """An external object that is missing, or whose size differs from the index: EIO, reported."""
+    """docs/semantics.md: The size of an external file is checked always.
+
+    An external object that is missing, or whose size differs from the index: EIO, reported."""
     put_entry(tmp_path, 5, external_meta(b"right", kind), key="../outside")
     if found is not None:
         put_external(tmp_path, found)
@@ -420,12 +477,16 @@ async def settled(world: World) -> bytes:
 
 
 def test_a_replaced_external_object_is_stale_and_then_the_new_one(tmp_path: Path) -> None:
-    """One version of an external object or an error, never two in one: and the error is not for ever."""
+    """docs/semantics.md: An external object without a checksum that is replaced while its container stays is noticed
+    when more of it is fetched: until then its readers see the old version.
+
+    Then one version of it or an error, never two in one; and the error is not for ever."""
     world = external_world(tmp_path, OLD, "none")
 
     async def main() -> None:
         assert await world.read(NAME, 0, 10) == OLD[:10]
         put_external(tmp_path, NEW)
+        assert await world.read(NAME, 0, 10) == OLD[:10]
         with pytest.raises(ObjectReplaced):
             await world.read(NAME, 3 * UNIT, 10)
         assert await settled(world) == NEW
@@ -439,7 +500,9 @@ def test_a_replaced_external_object_is_stale_and_then_the_new_one(tmp_path: Path
 
 
 def test_a_read_over_several_units_is_of_one_version(tmp_path: Path) -> None:
-    """Replaced in the middle of a read: an error, not a mixture."""
+    """docs/semantics.md: No read returns bytes of two versions.
+
+    Replaced in the middle of a read: an error, not a mixture."""
     world = external_world(tmp_path, OLD, "none")
 
     def replace(method: str, key: str, data: bytes) -> bytes:
@@ -460,6 +523,7 @@ def test_a_read_over_several_units_is_of_one_version(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CHECKED)
 def test_what_takes_the_place_of_a_verified_object_is_verified_too(tmp_path: Path, kind: str) -> None:
+    """docs/semantics.md: One with a checksum answers EIO when what has taken its place does not match it."""
     world = external_world(tmp_path, OLD, kind)
 
     async def main() -> None:
@@ -497,7 +561,9 @@ def test_a_unit_of_the_old_version_in_memory_never_stands_beside_the_new_one(tmp
 
 @pytest.mark.parametrize("last", ["old", "new"])
 def test_two_first_reads_of_an_external_object_that_is_replaced_between_them(tmp_path: Path, last: str) -> None:
-    """The first reads name no version: whichever answer comes second must be of the same."""
+    """docs/semantics.md: No read returns bytes of two versions.
+
+    The first reads name no version: whichever answer comes second must be of the same."""
     world = external_world(tmp_path, OLD, "none")
     gates = {"old": Gate(), "new": Gate()}
 
@@ -594,8 +660,9 @@ def test_a_reader_who_jumps_is_given_what_he_asks_for(tmp_path: Path) -> None:
 
 
 def test_of_units_that_come_together_the_damaged_one_alone_is_an_error(tmp_path: Path) -> None:
-    """docs/semantics.md: external files with checksums of blocks are verified block by block, also where several blocks
-    are fetched at a time."""
+    """docs/semantics.md: External files that have the checksums of their blocks are verified block by block.
+
+    Also where several blocks are fetched at a time."""
     data = Random(5).randbytes(12 * UNIT)
     world = external_world(tmp_path, data, "blocks", memory=256 * MIB)
     damaged = 6

@@ -70,17 +70,20 @@ CHECKSUMS = st.one_of(
 )
 SIZES = st.sampled_from([0, 1, 9, 10, 123_456])
 METAS = st.fixed_dictionaries(
-    {"mtime": TIMES, "mode": MODES, "sha256": st.one_of(st.just(SHA), TEXTS), "crc32c": CHECKSUMS, "id": TEXTS},
-    optional={"original_name": TEXTS, "mime": TEXTS},
+    {"mtime": TIMES, "mode": MODES, "sha256": st.one_of(st.just(SHA), TEXTS), "crc32c": CHECKSUMS},
+    optional={"id": TEXTS, "original_name": TEXTS, "mime": TEXTS},
 )
+IMPORTED = {key: value for key, value in USUAL.items() if key != "id"}
 USUAL_METAS = st.builds(
     lambda ns, mode, crc32c, key: (
-        USUAL | {"mtime": Decimal(ns).scaleb(-9).normalize(), "mode": mode, "crc32c": crc32c, "id": key}
+        IMPORTED
+        | {"mtime": Decimal(ns).scaleb(-9).normalize(), "mode": mode, "crc32c": crc32c}
+        | ({} if key is None else {"id": key})
     ),
     st.integers(10**18, 2**63 - 10**9),
     st.integers(0, 0o7777),
     st.integers(0, 2**32 - 1).map("{:08x}".format),
-    st.text("0123456789abcdef", max_size=16),
+    st.one_of(st.text("0123456789abcdef", max_size=16), st.none()),  # none: what was imported has no id
 )
 
 
@@ -111,7 +114,8 @@ def test_damaged_bytes_are_decoded_alike(meta: dict[str, object], damage: list[t
 @settings(deadline=None)
 def test_the_packers_own_form_is_recognised(metas: list[dict[str, object]], assigned: bool) -> None:
     more = {"original_name": "some/where.txt"} if assigned else {}
-    assert packed([encode_meta(meta | more, 12) for meta in metas]) == list(range(len(metas)))
+    encoded = [encode_meta(meta | (more if "id" in meta else {}), 12) for meta in metas]
+    assert packed(encoded) == list(range(len(metas)))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,9 @@ def test_the_packers_own_form_is_recognised(metas: list[dict[str, object]], assi
         encode_meta(USUAL, 5).replace(b'"mode"', b' "mode"'),
         encode_meta(USUAL, 5).replace(b"420", b"042"),
         encode_meta(USUAL | {"id": "\u017c"}, 5),
+        encode_meta(IMPORTED | {"name": "a"}, 5),
+        encode_meta(IMPORTED | {"original_name": "a"}, 5),
+        encode_meta(IMPORTED, 123_456_789),
     ],
 )
 def test_other_forms_are_left_alone(meta: bytes) -> None:

@@ -280,7 +280,9 @@ def test_a_layout_that_is_not_understood_is_refused(spool: Path, store: Path) ->
 
 
 def test_a_newer_version_wins(spool: Path, store: Path) -> None:
-    """Same name in several containers: the newest wins; also for external files, of which both objects stay."""
+    """docs/semantics.md: Same name in several containers: the newest wins.
+
+    Also for external files, of which both objects stay."""
     for version in (b"first", b"second", b"third"):
         write(spool / "d/file", version)
         write(spool / "d/big", version * 100)
@@ -338,8 +340,9 @@ def test_what_is_written_to_after_it_was_packed_is_packed_again(spool: Path, sto
 
 
 def test_a_file_that_changes_while_it_is_read_goes_back(spool: Path, store: Path) -> None:
-    """A file that is written to after its claim goes back, and is packed whole in the next round; the others of its
-    container are not held up."""
+    """docs/semantics.md: One that is written to while it is being packed goes back, and is packed again.
+
+    It is packed whole in the next round; the others of its container are not held up."""
 
     def effect(name: str) -> None:
         if name.startswith("build") and not done:
@@ -359,6 +362,26 @@ def test_a_file_that_changes_while_it_is_read_goes_back(spool: Path, store: Path
     assert {key: row.files for key, row in catalog_rows(spool).items()} == {
         key: len(names) for key, names in found.entries.items()
     }
+
+
+def test_a_file_is_deleted_when_it_is_stored_and_committed_and_not_before(spool: Path, store: Path) -> None:
+    """docs/semantics.md: A file is deleted only after its container is in the store and committed in the catalog."""
+    deleted: list[str] = []
+
+    def effect(name: str) -> None:
+        if name.startswith("unlink "):
+            path = name.removeprefix("unlink ")
+            file = shown(store).files[path]
+            assert file.data == path.encode() * 30
+            assert file.container in catalog_rows(spool)
+            deleted.append(path)
+
+    paths = ["a", "d/b", "d/e/big one", "f/g"]
+    for path in paths:
+        write(spool / path, path.encode() * 30)
+    assert not pack(spool, store, effect=effect, shard_bits=2, big_file_threshold=300).failures
+    assert sorted(deleted) == paths
+    assert spool_files(spool) == unfinished(spool) == []
 
 
 # --- what the store does -----------------------------------------------------------------------------------------
@@ -588,29 +611,42 @@ def test_what_cannot_be_read_is_told_from_what_cannot_be_written(tmp_path: Path)
 
 
 def test_what_cannot_be_stored_is_put_aside_and_the_others_go_on(spool: Path, store: Path) -> None:
-    """A name that is not UTF-8, a size over `--max-file-size`, links and sockets: put aside with the reason."""
+    """docs/semantics.md: Symbolic links, FIFOs, sockets, devices, and files whose name or size cannot be stored are put
+    aside into `.desfs/rejected/`, each with its reason.
+
+    Also what lies below a name that is not UTF-8."""
     write(spool / "good/a", b"a")
     bad = Path(os.fsdecode(os.fsencode(spool) + b"/bad-\xff"))
     write(bad / "inside", b"below a name that is not UTF-8")
     write(spool / "good/large", b"x" * 11)
     (spool / "good/link").symlink_to("a")
     os.mkfifo(spool / "fifo")
+    os.mknod(spool / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(spool / "socket"))
     done = once(spool, store, "--max-file-size", "10")
     assert done.returncode == 0, done.stderr
-    assert "5 put aside in .desfs/rejected" in done.stdout
+    assert "6 put aside in .desfs/rejected" in done.stdout
     reasons = rejected(spool)
-    assert set(reasons) == {"inside", "large", "link", "fifo", "socket"}
-    assert "not UTF-8" in reasons["inside"]
-    assert "11 bytes, more than the 10" in reasons["large"]
+    said = {
+        "inside": "not UTF-8",
+        "large": "11 bytes, more than the 10",
+        "link": "a symbolic link",
+        "fifo": "a FIFO",
+        "socket": "a socket",
+        "null": "a character device",
+    }
+    assert reasons.keys() == said.keys()
+    assert [name for name, reason in said.items() if reason not in reasons[name]] == []
     assert shown(store).contents == {"good/a": b"a"}
     assert spool_files(spool) == []
 
 
 def test_a_packer_that_is_not_root() -> None:
-    """A file that the packer may not read is put aside; one of another user, whose writers it cannot see, and a folder
-    of others that it can change nothing in are named, and the exit status says so; the others go on."""
+    """docs/semantics.md: So are files that the packer may not read.
+
+    One of another user, whose writers it cannot see, and a folder of others that it can change nothing in are named,
+    and the exit status says so; the others go on."""
     nobody = 65534
     # Not below tmp_path, which is root's alone; forked, because a user may not be able to run what root has installed.
     with tempfile.TemporaryDirectory() as folder, packer_forks() as forks:
@@ -792,7 +828,9 @@ def test_a_spool_that_is_not_there(tmp_path: Path, store: Path) -> None:
 
 
 def test_a_second_packer_ends_and_says_why(spool: Path, store: Path) -> None:
-    """Two packers on one spool: the second ends with status 2 and names the cause."""
+    """docs/semantics.md: One packer works in a spool at a time.
+
+    The second ends with status 2 and names the cause."""
     with spool_lock(spool):
         done = once(spool, store)
     assert (done.returncode, done.stdout) == (2, "")
@@ -927,7 +965,9 @@ def test_programs_that_copy_into_a_live_spool(spool: Path, store: Path, tmp_path
 
 
 def test_a_writer_that_holds_its_file_open_for_long(spool: Path, store: Path) -> None:
-    """A running packer leaves a file alone while a program has it open, and takes it whole when it is closed."""
+    """docs/semantics.md: As long as somebody has it open for writing, it is not.
+
+    A running packer leaves a file alone while a program has it open, and takes it whole when it is closed."""
     options = ("--settle", "0.05", "--max-age", "0", "--scan-interval", "0.05")
     with running_packer(spool, store, *options) as packer, open(spool / "open", "wb") as writer:
         writer.write(b"first half, ")
@@ -944,7 +984,9 @@ def test_a_writer_that_holds_its_file_open_for_long(spool: Path, store: Path) ->
 
 
 def test_folders_that_the_packer_did_not_empty_stay(spool: Path, store: Path) -> None:
-    """What a program has made and not used yet is there when it comes back to it."""
+    """docs/semantics.md: Empty directories of others stay.
+
+    What a program has made and not used yet is there when it comes back to it."""
     (spool / "made/for/later").mkdir(parents=True)
     write(spool / "used/a/file")
     (spool / "used/b").mkdir()

@@ -19,6 +19,7 @@ from desfs.errors import (
     Throttled,
 )
 from desfs.metrics import snapshot
+from desfs.settings import MountSettings, PackerSettings
 from desfs.store.base import CopyRange
 from desfs.store.file import FileStore
 from desfs.store.retrying import WAIT_MAX_S, Retrying, call_with_retries
@@ -113,6 +114,7 @@ def test_the_deadline_of_a_put_counts_from_its_first_failure() -> None:
 
 
 def test_waits_grow_and_the_last_try_comes_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/semantics.md: Requests to the store are tried again, with growing waits, until `deadline=` (60 s)."""
     waits: list[float] = []
     clock = Clock(step_s=0)
 
@@ -127,7 +129,9 @@ def test_waits_grow_and_the_last_try_comes_at_the_deadline(monkeypatch: pytest.M
     with stamina.set_testing(False), pytest.raises(DeadlineExceeded):
         call_with_retries("get", fail, deadline_s=60, clock=clock)
     assert clock.now_s == pytest.approx(60)
-    assert waits[0] < 0.5
+    assert MountSettings().deadline == PackerSettings().deadline == 60
+    assert waits[0] < 0.5 < max(waits)
+    assert sum(waits[:4]) < sum(waits[4:8])
     assert max(waits) <= WAIT_MAX_S
     assert 10 < len(waits) < 30
 

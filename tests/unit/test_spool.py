@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from desfs.errors import UsageError
+from desfs.settings import PackerSettings
 from desfs.spool import FileState, Found, Kind, Spool, is_temporary, lease_is_broken, take_lease
 
 HOUR_S = 3600.0
@@ -92,7 +93,9 @@ def test_a_root_that_is_no_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_packer_is_kept_out(root: Path) -> None:
-    """One packer works in a spool; the next one is told so, and gets it when the first has ended."""
+    """docs/semantics.md: One packer works in a spool at a time.
+
+    The next one is told so, and gets it when the first has ended."""
     with spool_with(root) as first, spool_with(root) as second:
         first.lock()
         with pytest.raises(UsageError, match="another packer is at work"):
@@ -113,10 +116,13 @@ def test_the_scan_goes_folder_by_folder_and_leaves_out_the_packers_own(spool: Sp
 
 
 def test_a_file_is_taken_when_it_has_been_quiet(root: Path, clock: Clock) -> None:
-    """`--settle`: seconds without a change before a file is taken."""
+    """docs/semantics.md: A file is taken when it has been quiet for `settle` seconds (2)."""
+    assert PackerSettings().settle == 2
     with spool_with(root, settle_s=100.0, clock=clock) as spool:
         write(root / "a")
-        assert only(spool).kind is Kind.WAITING
+        for ahead_s in (0.0, 50.0, 90.0):
+            clock.ahead_s = ahead_s
+            assert only(spool).kind is Kind.WAITING
         clock.ahead_s = 101.0
         assert only(spool).kind is Kind.SETTLED
         clock.ahead_s = -HOUR_S  # a clock that was set back does not keep files for ever
@@ -155,30 +161,42 @@ def test_names_that_look_temporary(name: str, temporary: bool) -> None:
 
 
 def test_a_temporary_name_waits_an_hour_for_its_owner(root: Path, clock: Clock) -> None:
-    """A temporary name is left for its owner to rename for an hour, and then is a name like others."""
+    """docs/semantics.md: Names that look temporary (`*.tmp`, `*.part`, or the patterns of `--temporary`; rsync's
+    `.NAME.XXXXXX`) wait an hour for their owner to rename them. Other dot files are files like any other.
+
+    After that it is a name like others."""
+    temporary = ("a.tmp", "b.part", ".photo.X1y2Z3")
     with spool_with(root, settle_s=2.0, clock=clock) as spool:
-        for name in ("a.tmp", ".b.XXXXXX", ".hidden"):
+        for name in (*temporary, ".hidden", ".x.tmpl"):
             write(root / name)
-        clock.ahead_s = 10.0
-        assert kinds(spool) == {"a.tmp": Kind.TEMPORARY, ".b.XXXXXX": Kind.TEMPORARY, ".hidden": Kind.SETTLED}
+        others = dict.fromkeys((".hidden", ".x.tmpl"), Kind.SETTLED)
+        for ahead_s in (10.0, HOUR_S - 10.0):
+            clock.ahead_s = ahead_s
+            assert kinds(spool) == {**dict.fromkeys(temporary, Kind.TEMPORARY), **others}
         clock.ahead_s = HOUR_S + 10.0
-        assert set(kinds(spool).values()) == {Kind.SETTLED}
+        assert kinds(spool) == {**dict.fromkeys(temporary, Kind.SETTLED), **others}
 
 
 def test_other_names_can_be_the_temporary_ones(root: Path, clock: Clock) -> None:
+    """docs/semantics.md: Names that look temporary (`*.tmp`, `*.part`, or the patterns of `--temporary`; rsync's
+    `.NAME.XXXXXX`) wait an hour for their owner to rename them."""
     with spool_with(root, temporary=["*.wip"], clock=clock) as spool:
-        for name in ("a.wip", "wip/a", "b.tmp", "c"):
+        for name in ("a.wip", "wip/a", "b.tmp", "c", ".photo.X1y2Z3"):
             write(root / name)
         clock.ahead_s = 10.0
         settled = dict.fromkeys(("wip/a", "b.tmp", "c"), Kind.SETTLED)
-        assert kinds(spool) == {"a.wip": Kind.TEMPORARY, **settled}
+        assert kinds(spool) == {**dict.fromkeys(("a.wip", ".photo.X1y2Z3"), Kind.TEMPORARY), **settled}
+        clock.ahead_s = HOUR_S + 10.0
+        assert set(kinds(spool).values()) == {Kind.SETTLED}
 
 
 # --- what can never be stored ------------------------------------------------------------------------------------
 
 
 def test_links_fifos_sockets_and_devices_are_unsuitable_and_not_opened(spool: Spool, root: Path) -> None:
-    """Symbolic links are never followed; they, FIFOs, sockets and devices are put aside with the reason."""
+    """docs/semantics.md: Links are never followed.
+
+    They, FIFOs, sockets and devices are put aside with the reason."""
     os.symlink("/etc/hostname", root / "link")
     os.symlink("/nowhere", root / "dangling")
     os.symlink("/etc", root / "folder")
@@ -215,7 +233,9 @@ def test_what_was_exchanged_for_a_link_or_fifo_after_the_scan_is_not_claimed(spo
 
 
 def test_a_folder_that_was_exchanged_for_a_link_leads_nowhere(spool: Spool, root: Path, tmp_path: Path) -> None:
-    """Whoever may write to the spool cannot make the packer take, or remove, what lies outside."""
+    """docs/semantics.md: Links are never followed.
+
+    Whoever may write to the spool cannot make the packer take, or remove, what lies outside."""
     outside = write(tmp_path / "outside/file").parent
     (outside / "empty").mkdir()
     os.symlink(outside, root / "folder")
@@ -318,7 +338,9 @@ HELD_FOR_READING = "import sys; file = open(sys.argv[1], 'rb'); print('ready', f
 
 @pytest.mark.parametrize("program", [HELD_OPEN, HELD_MAPPED], ids=["open", "shared mmap"])
 def test_a_file_that_a_writer_holds_is_not_taken(spool: Spool, root: Path, program: str) -> None:
-    """A file that somebody holds open for writing, or has mapped so, is not taken, however long it is quiet."""
+    """docs/semantics.md: As long as somebody has it open for writing, it is not.
+
+    Or has mapped it so; however long it is quiet."""
     write(root / "a")
     with another_process(program, root / "a"):
         assert spool.claim("a", "batch") is False
@@ -477,8 +499,10 @@ def test_a_journal_is_replaced_as_a_whole(root: Path) -> None:
 
 
 def test_emptied_folders_go_when_they_are_quiet(root: Path, clock: Clock) -> None:
-    """A folder that the packer has emptied goes with those above it that this empties, when nobody has changed it for
-    the settle time; what the packer itself changes there does not count."""
+    """docs/semantics.md: Directories that the packer has emptied are removed when they are quiet.
+
+    With those above them that this empties, when nobody has changed them for the settle time; what the packer itself
+    changes there does not count."""
     with spool_with(root, settle_s=100.0, clock=clock) as spool:
         write(root / "a/b/c/file")
         clock.ahead_s = 50.0

@@ -161,8 +161,11 @@ class Model:
 @example([files("3.des", b"a/b"), files("3-000001.des", b"a", deleted=[b"a/b"])])
 @example([files("3-1.des", b"a", mtime_s=1), files("3-000001.des", b"a")])
 def test_a_day_shows_what_the_model_says(containers: list[Container]) -> None:
-    """Same name in several containers: the newest wins; a DELETED entry hides older ones; where a file and a directory
-    collide the directory wins and the file is reported; names that cannot be shown are not."""
+    """docs/semantics.md: A day is the union of the entries of its containers. A `/` in an entry's name makes
+    directories. Same name in several containers: the newest wins. A DELETED entry hides older entries of its name.
+
+    Where a file and a directory collide the directory wins and the file is reported; names that cannot be shown are
+    not."""
     model, tree = Model(containers), day(*containers)
     assert shown_files(tree) == model.files
     assert tree.file_count() == len(model.files)
@@ -195,7 +198,9 @@ def test_the_order_in_which_containers_were_seen_decides_nothing_but_the_order_o
 
 
 def test_parts_override_the_sealed_container_by_generation_whatever_their_age() -> None:
-    """Order of containers within a shard: the sealed one first, then parts by generation, as numbers."""
+    """docs/semantics.md: Within a shard that is the one with the highest generation.
+
+    Order of containers within a shard: the sealed one first, then parts by generation, as numbers."""
     tree = day(
         files("3f-000010.des", b"f", mtime_s=1),
         files("3f-9.des", b"f", mtime_s=5),
@@ -212,13 +217,16 @@ def test_a_merged_part_overrides_the_parts_in_it() -> None:
 
 
 def test_between_shards_the_newer_container_wins_and_ties_go_to_the_greater_key() -> None:
-    """One name in two shards: LastModified has a resolution of one second: ties go to the greater key."""
+    """docs/semantics.md: Between shards it is the one that was modified last; of those of one time, the one with the
+    greatest key.
+
+    LastModified has a resolution of one second."""
     assert shown_files(day(files("b.des", b"f", mtime_s=1), files("a.des", b"f", mtime_s=2))) == {b"f": "a.des"}
     assert shown_files(day(files("b.des", b"f", mtime_s=1), files("a.des", b"f", mtime_s=1))) == {b"f": "b.des"}
 
 
 def test_a_tombstone_hides_older_entries_and_a_newer_entry_comes_back() -> None:
-    """A DELETED entry hides older entries of that name."""
+    """docs/semantics.md: A DELETED entry hides older entries of its name."""
     gone = [files("3.des", b"f", b"d/g"), files("3-000001.des", deleted=[b"f", b"d/g"])]
     assert shown_files(day(*gone)) == {}
     assert names(day(*gone)) == []
@@ -319,8 +327,11 @@ def changing_days(draw: st.DrawFn) -> tuple[list[Container], list[int], list[Con
 def test_positions_hold_while_containers_come_and_go(
     change: tuple[list[Container], list[int], list[Container]], first: int
 ) -> None:
-    """Positions hold while the day changes: what stays is shown once, files and directories, and nothing is skipped.
-    A directory whose first container went may come twice, once behind each place."""
+    """docs/semantics.md: A listing that is under way while its day changes leaves out nothing that stays, but may have
+    a name twice.
+
+    What stays is shown once, files and directories, and nothing is skipped. A directory whose first container went may
+    come twice, once behind each place."""
     before, gone, new = change
     members = [opened(container, number) for number, container in enumerate(before, 1)]
     coming = [opened(container, number) for number, container in enumerate(new, len(before) + 1)]

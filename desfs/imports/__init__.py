@@ -1,0 +1,1 @@
+"""Directories, tar and zip files into a store, without a spool."""
