@@ -377,17 +377,17 @@ def test_a_wrong_region_that_the_server_does_not_name(aws: S3Server, url: str, s
     assert states(found, "list", "get") == {State.SKIPPED}
 
 
-@pytest.mark.parametrize("ahead_s", [HOUR_S, -HOUR_S])
-def test_a_clock_that_is_an_hour_off(aws: S3Server, url: str, ahead_s: float) -> None:
-    side = "behind" if ahead_s > 0 else "ahead of"
-    with fronted(aws, clock_ahead(ahead_s)) as front:
+def test_a_clock_that_is_an_hour_off(aws: S3Server, url: str) -> None:
+    """Whether the server says so by its Date alone, or refuses what is signed."""
+    with fronted(aws, clock_ahead(-HOUR_S)) as front:
         found = check(url, endpoint_url=front.url)
     assert found["clock"].state is State.ERROR
-    assert f"60 minutes {side} the server's" in found["clock"].found
+    assert "60 minutes ahead of the server's" in found["clock"].found
     assert "chrony" in found["clock"].remedy
-    with fronted(aws, too_skewed(ahead_s)) as front:
+    with fronted(aws, too_skewed(HOUR_S)) as front:
         found = check(url, endpoint_url=front.url)
-    assert f"60 minutes {side} the server's" in found["clock"].found
+    assert found["clock"].state is State.ERROR
+    assert "60 minutes behind the server's" in found["clock"].found
     assert "refused" in found["clock"].found
     assert found["list"] == Finding("list", State.SKIPPED, "see clock")
 

@@ -198,7 +198,7 @@ def test_metadata_has_one_encoding(meta: dict[str, Any] | None, size: int, key: 
     [
         ({"k": float("nan")}, "'k'"),
         ({"k": [float("inf")]}, "'k'"),
-        ({"k": object()}, "'k'"),
+        ({"k": Ellipsis}, "'k'"),
         ({"k": b"bytes"}, "'k'"),
         ({"k": {1, 2}}, "'k'"),
         ({"k": {(1, 2): 3}}, "'k'"),

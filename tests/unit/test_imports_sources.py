@@ -529,7 +529,7 @@ def test_a_compressed_tar_that_is_damaged(tmp_path: Path, compression: str) -> N
 def test_damage_inside_of_a_compressed_tar(tmp_path: Path) -> None:
     """Positions count in what was decompressed, and the message says so."""
     path = tmp_path / "x.tgz"
-    path.write_bytes(gzip.compress(TRUNCATED[: BLOCK * 3]))
+    path.write_bytes(gzip.compress(TRUNCATED[: BLOCK * 3], mtime=0))
     with pytest.raises(SourceDamaged, match=f"byte {BLOCK * 3} of what it holds decompressed"):
         find(path)
 
@@ -540,7 +540,7 @@ def test_damage_inside_of_a_compressed_tar(tmp_path: Path) -> None:
         ("x.tar", b"no archive", "damaged at byte 0: found b'no archi', want the header of a tar"),
         ("x.TAR", b"", "the file is empty"),
         ("x.tar.gz", b"no archive", "want the header of a tar archive, or gzip, bzip2 or xz"),
-        ("x.tgz", gzip.compress(b"no archive" * 100), "damaged at byte 0 of what it holds"),
+        ("x.tgz", gzip.compress(b"no archive" * 100, mtime=0), "damaged at byte 0 of what it holds"),
         ("x.tar.zst", b"\x28\xb5\x2f\xfd....", "want the header of a tar archive, or gzip, bzip2 or xz"),
         ("x.zip", b"no archive", "directory, before byte 10"),
         ("x.zip", b"", "directory, before byte 0"),
@@ -556,7 +556,7 @@ def test_what_is_called_an_archive_and_is_none(tmp_path: Path, name: str, conten
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("notes.gz", gzip.compress(b"notes")),
+        ("notes.gz", gzip.compress(b"notes", mtime=0)),
         ("notes.xz", lzma.compress(b"notes" * 1000)),
         ("empty", b""),
         ("zeros", bytes(4096)),
