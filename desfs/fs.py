@@ -344,7 +344,7 @@ class FileSystem:
             "caches": self.caches.state(),
             "link": self.threads.meter.link()._asdict(),
             "levers": LEVERS.report(),
-            "requests": self.requests.state(),
+            "requests": self.requests.state(but_youngest=True),
             "metrics": metrics.snapshot(),
         }
 

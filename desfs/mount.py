@@ -56,6 +56,8 @@ def fuse_options(source: str, settings: MountSettings) -> set[str]:
     options = {"ro", "nosuid", "nodev", "default_permissions", f"fsname={name}", "subtype=desfs"}
     if settings.allow_other:
         options.add("allow_other")
+    if settings.auto_unmount:  # fusermount3 then waits beside the daemon
+        options.add("auto_unmount")
     if settings.noexec:
         options.add("noexec")
     return options

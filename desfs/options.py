@@ -47,7 +47,7 @@ _NO_MEANING = frozenset(
 _NO_MEANING_WITH_VALUE = frozenset(
     ("context", "fscontext", "defcontext", "rootcontext", "subtype", "user", "helper", "uhelper", "comment")
 )
-FLAGS = frozenset(("allow_other", "noexec", "no_sign_request", "strict"))
+FLAGS = frozenset(("allow_other", "auto_unmount", "noexec", "no_sign_request", "strict"))
 
 
 # What `desfs mount --help` says of each setting of a mount.
@@ -60,6 +60,7 @@ OPTION_HELP = {
     "ca_bundle": "file of certificates to trust",
     "deadline": "seconds of tries for a request to the store (60)",
     "allow_other": "let other users use the mount",
+    "auto_unmount": "when the daemon dies, show the empty directory below instead of an error",
     "noexec": "no programs from the mount",
     "uid": "owner shown (who mounts)",
     "gid": "group shown (who mounts)",

@@ -116,6 +116,7 @@ class MountSettings(StoreSettings):
     """Options of a mount. Sizes are bytes, times seconds."""
 
     allow_other: bool = False
+    auto_unmount: bool = False
     noexec: bool = False
     uid: int = Field(default_factory=os.getuid, ge=0, lt=_NO_ID)
     gid: int = Field(default_factory=os.getgid, ge=0, lt=_NO_ID)

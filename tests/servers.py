@@ -454,6 +454,16 @@ def mount_daemons(path: Path) -> list[int]:
     return found
 
 
+# For sh in a new mount namespace. It has copies of the mounts that there were, and a mount of which there is a copy
+# does not end when it is unmounted.
+DROP_COPIED_MOUNTS = r"""
+copied=$(cat /proc/self/mounts)
+echo "$copied" | while read -r _ place kind _; do
+    test "$kind" != fuse.desfs || umount -l "$(printf %b "$place")"
+done
+"""
+
+
 @dataclass(slots=True)
 class MountPoint:
     """A directory to mount on. Daemons that do not have it on their command line are registered by `daemons.append`."""

@@ -418,6 +418,9 @@ class S3Store:
             raise ObjectReplaced(str(error)) from error
         except self._foreign as error:
             raise self._translated(error, key, storing) from error
+        except RecursionError as error:
+            # botocore/utils.py, get_bucket_region: asks where the bucket is, and does so again for each redirect.
+            raise StoreError(f"{self.url} at {self.endpoint_url}: redirected, without a word where to") from error
         except RuntimeError as error:
             # botocore/credentials.py: "Credentials were refreshed, but the refreshed credentials are still expired."
             if "credentials" not in str(error):

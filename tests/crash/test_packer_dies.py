@@ -146,7 +146,9 @@ def test_a_packer_that_dies_while_it_recovers_is_recovered_as_well(worlds: World
     for n in sorted(chosen.sample(range(1, total + 1), 4)):
         for m in itertools.count(chosen.randint(1, 3), 6):
             world = worlds.fresh()
-            assert not world.pack(forks, die_at=n).survived
+            first = world.pack(forks, die_at=n)
+            # How often the emptied folders are written down depends on how fast they settle: the last may be missing.
+            assert not first.survived or len(first.effects) < n
             second = world.pack(forks, die_at=m)
             if not second.survived:
                 assert world.pack(forks).status == 0
@@ -170,7 +172,8 @@ def test_after_a_death_the_mount_shows_every_file_once(
     effects = worlds.fresh().pack(forks).effects
     for n in sorted({*_first_of_each_kind(effects), len(effects)}):
         world = worlds.fresh()
-        assert not world.pack(forks, die_at=n).survived
+        died = world.pack(forks, die_at=n)
+        assert not died.survived or len(died.effects) < n
         assert world.pack(forks).status == 0
         with servers.mount_point(mount_dir.path / f"{n}") as mount:
             subprocess.run([PROGRAM, "mount", world.store_url, mount.path], check=True, timeout=60)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.servers import child_process, is_running
+from tests.servers import DROP_COPIED_MOUNTS, child_process, is_running
 
 NOBODY = 65534
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def namespace(folder: Path, store: Path) -> Iterator[Namespace]:
     }
     setup = _SETUP.format(**{name: shlex.quote(str(value)) for name, value in parts.items()})
     ready = folder / "ready"
-    script = f"{setup}\ntouch {shlex.quote(str(ready))}\nexec sleep infinity"
+    script = f"{DROP_COPIED_MOUNTS}\n{setup}\ntouch {shlex.quote(str(ready))}\nexec sleep infinity"
     log = folder / "holder.log"
     with child_process(["unshare", "--mount", "--propagation", "private", "sh", "-c", script], log=log) as holder:
         while not ready.exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.counting_proxy import CountingProxy
-from tests.fakes.tls_front import TlsFront
+from tests.fakes.s3_front import S3Front, in_region
 from tests.mount.mounting import desfs, mounted
 from tests.mount.stores import put_sharded, upload
 from tests.servers import REGION, MountPoint, S3Server
@@ -70,10 +70,20 @@ def test_endpoint_region_and_style(s3: S3Server, store: str, tmp_path: Path) -> 
     assert "--addressing-style" in done.stderr
 
 
+def test_a_redirect_to_nowhere_is_an_error_and_no_endless_question(
+    s3: S3Server, store: str, mount_dir: MountPoint
+) -> None:
+    """A server that says "elsewhere" and not where: botocore asks it again and again (seen with 1.44)."""
+    with S3Front(s3.host, s3.port, in_region("eu-west-7", status=301, names_it=False)) as front:
+        done = desfs("mount", store, mount_dir.path, env=s3.environ(endpoint_url=front.url))
+        assert done.returncode == 32
+        assert "redirected, without a word where to" in done.stderr
+
+
 def test_a_certificate_of_our_own(s3: S3Server, store: str, certificate: Path, tmp_path: Path) -> None:
     """`ca_bundle=`: a file of certificates to trust."""
     bundle = certificate.with_name("ca")
-    with TlsFront(s3.host, s3.port, certificate) as front:
+    with S3Front(s3.host, s3.port, certificate=certificate) as front:
         env = s3.environ(endpoint_url=front.url)
         with mounted(store, tmp_path / "mnt", f"ca_bundle={bundle}", env=env) as place:
             read_all(place)

@@ -323,3 +323,12 @@ def test_a_kill_and_the_same_command_again(store: Path, mount_dir: MountPoint) -
         done = desfs(*command)
         assert (done.returncode, done.stderr) == (0, "")
         assert (mount_dir.path / DAY / "d1" / "f001").read_bytes() == FILES["d1/f001"]
+
+
+def test_auto_unmount_is_for_those_who_ask_for_it(store: Path, mount_dir: MountPoint) -> None:
+    """docs/operations.md: With `auto_unmount` fusermount3 unmounts when the daemon dies."""
+    mount(store, mount_dir.path, "auto_unmount")
+    pid = daemon_of(mount_dir.path)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not servers.is_mounted(mount_dir.path), "the unmount")
+    assert os.listdir(mount_dir.path) == []

@@ -48,8 +48,9 @@ from desfs.cli import main
 main()
 """
 # A control group that systemd can take for the root of all; then it alone in its namespaces.
-_OUTSIDE = """\
+_OUTSIDE = f"""\
 set -e
+{servers.DROP_COPIED_MOUNTS}
 mount -t cgroup2 cgroup2 "$1/cgroups"
 mkdir "$1/cgroups/$2"
 echo $$ >"$1/cgroups/$2/cgroup.procs"

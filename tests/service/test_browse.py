@@ -167,6 +167,10 @@ def test_a_store_that_is_none_is_named(tmp_path: Path) -> None:
     done = desfs("ls", tmp_path / "none")
     assert done.returncode == 1
     assert str(tmp_path / "none") in done.stderr
+    (tmp_path / "desfs.toml").write_text("regoin = 1\n")
+    done = desfs("ls", tmp_path, "--config", tmp_path / "desfs.toml")
+    assert done.returncode == 2
+    assert "desfs.toml: regoin is no setting; did you mean region?" in done.stderr
     done = desfs("ls", tmp_path, "--deadline", "soon")
     assert done.returncode == 2
     assert "--deadline" in done.stderr

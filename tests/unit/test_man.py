@@ -106,5 +106,5 @@ def test_every_signal_is_sent_by_a_test(name: str) -> None:
 
 @pytest.mark.parametrize("code", EXIT_CODES)
 def test_every_exit_code_is_seen_by_a_test(code: str) -> None:
-    wanted = re.compile(rf"returncode(?:, [\w.]+)*\)? == \(?{code}\b|status={code}\b")
+    wanted = re.compile(rf"(?:returncode|status)(?:, [\w.]+)*\)? == \(?{code}\b|status={code}\b")
     assert any(wanted.search(text) for text, _ in sources().values())

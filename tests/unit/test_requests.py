@@ -16,5 +16,6 @@ def test_the_oldest_is_the_one_that_began_first_and_is_still_open() -> None:
     now = 103.5
     assert requests.oldest() == OpenRequest("read", 3.5)
     assert requests.state() == {"open": 2, "oldest_seconds": 3.5}
+    assert requests.state(but_youngest=True) == {"open": 1, "oldest_seconds": 3.5}
     requests.end(first)
     assert requests.all() == [OpenRequest("lookup", 2.5)]
