@@ -9,7 +9,11 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-import assignment.sqlite  # noqa: F401 - imported here, once, for all forks
+# Imported here, once, for all forks: one that is not root may not be able to.
+import aiosqlite  # noqa: F401
+import sqlalchemy.dialects.sqlite.aiosqlite  # noqa: F401
+
+import assignment.sqlite  # noqa: F401
 from assignment.client import AssignmentError
 from desfs.cli.packer import describe
 from desfs.errors import DesfsError

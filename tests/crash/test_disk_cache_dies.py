@@ -113,6 +113,7 @@ def test_a_process_that_is_killed_leaves_a_usable_cache(seed: int, tmp_path: Pat
         cache.folder.wait_idle()  # puts that find no room while some is being made are let go
         for block in range(30, 60, 3):
             ask(cache, 11, block)
+            cache.folder.wait_idle()
         assert sum(ask(cache, 11, block) for block in range(30, 60, 3)) == 30, "what was put last is there"
         cache.folder.wait_idle()
         assert cache.state()["fault"] is None

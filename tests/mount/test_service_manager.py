@@ -243,7 +243,7 @@ def test_sigterm_while_a_tar_runs(store: Path, mount_dir: MountPoint, tmp_path: 
     log = tmp_path / "the.log"
     mount(store, mount_dir.path, f"log_file={log}")
     pid = daemon_of(mount_dir.path)
-    script = f"while tar -cf - -C {mount_dir.path} . | cat > /dev/null; do :; done"
+    script = "while tar -cf - . | cat > /dev/null; do :; done"  # until its directory is that of a dead mount
     with subprocess.Popen(["bash", "-o", "pipefail", "-c", script], stderr=subprocess.PIPE, cwd=mount_dir.path) as tar:
         try:
             wait_until(lambda: stats(mount_dir.path)["metrics"].get("desfs_fuse_requests_total.read.OK"), "tar")  # type: ignore[attr-defined]
