@@ -99,7 +99,10 @@ endif
 # for this version of Python: what does not compile is left as it is.
 .PHONY: install-program
 install-program: $(if $(DESTDIR),,run-packages)
-	@umask 022; set -e; above='$(DESTDIR)$(dir $(VENVDIR))'; mkdir -p "$$above"; \
+	@umask 022; set -e; case '$(VENVDIR)' in */) echo 'make: VENVDIR=$(VENVDIR): without the slash at its end' >&2; exit 1;; esac; \
+	test ! -e '$(DESTDIR)$(VENVDIR)' -o -e '$(DESTDIR)$(VENVDIR)/pyvenv.cfg' || { \
+		echo 'make: $(DESTDIR)$(VENVDIR) is there, and is no virtual environment' >&2; exit 1; }; \
+	above='$(DESTDIR)$(dir $(VENVDIR))'; mkdir -p "$$above"; \
 	place="$$(cd "$$above"; pwd)/$(notdir $(VENVDIR))"; new="$$place.new"; source=$$(mktemp -d); \
 	trap 'rm -rf "$$source" "$$new"' EXIT; \
 	echo "Installing desfs into $$place"; \
@@ -159,7 +162,9 @@ install-manual: install-program
 # What `install` has put there. Settings, spools, caches and the user desfs stay.
 .PHONY: uninstall
 uninstall:
-	@rm -rf '$(DESTDIR)$(VENVDIR)' '$(DESTDIR)$(DOCDIR)'
+	@test ! -e '$(DESTDIR)$(VENVDIR)/pyvenv.cfg' || rm -rf '$(DESTDIR)$(VENVDIR)'
+	@cd '$(DESTDIR)$(DOCDIR)' 2>/dev/null || exit 0; rm -f $(notdir $(DOCUMENTS)) $(addprefix examples/,$(notdir $(EXAMPLES))); \
+		rmdir examples . 2>/dev/null || :; rmdir '$(DESTDIR)$(DOCDIR)' 2>/dev/null || :
 	@rm -f '$(DESTDIR)$(BINDIR)/desfs' $(patsubst %,'$(DESTDIR)$(MOUNT_HELPER_DIR)/%',$(MOUNT_HELPERS))
 	@rm -f $(patsubst %,'$(DESTDIR)$(SYSTEMD_UNIT_DIR)/%',$(UNITS))
 	@rm -f '$(DESTDIR)$(SYSUSERS_DIR)/desfs.conf' '$(DESTDIR)$(TMPFILES_DIR)/desfs.conf'

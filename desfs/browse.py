@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import trio
 
+from des_format.errors import DesFormatError
 from des_format.shards import CONTAINER_SUFFIX
-from desfs.errors import NoSuchObject, NoSuchPath, NotADirectory
+from desfs.errors import DesfsError, NoSuchObject, NoSuchPath, NotADirectory
 from desfs.fs import Attributes, FileSystem
 from desfs.inode import ROOT, InodeNumber, split_file_inode
 from desfs.settings import MountSettings
@@ -55,14 +56,19 @@ class Browser:
                 found.append((name.decode(), Attributes(InodeNumber(inode), mode, size, mtime_ns, page.timeout_s)))
         return found
 
-    async def walk(self, path: str) -> AsyncIterator[tuple[str, Attributes]]:
-        """A path and all that is below it, a directory before what is in it. Raises: as lookup."""
+    async def walk(self, path: str, failed: Callable[[Exception], None]) -> AsyncIterator[tuple[str, Attributes]]:
+        """A path and all that is below it, a directory before what is in it. `failed` is told of each directory that
+        cannot be listed; the rest goes on. Raises: as lookup, of the path itself."""
         waiting = [(path.strip("/"), await self.lookup(path))]
         while waiting:
             at, attributes = waiting.pop()
             yield at, attributes
             if stat.S_ISDIR(attributes.mode):
-                inside = await self.entries(attributes.inode)
+                try:
+                    inside = await self.entries(attributes.inode)
+                except (DesfsError, DesFormatError) as error:
+                    failed(error)
+                    continue
                 waiting += [(f"{at}/{name}" if at else name, each) for name, each in reversed(inside)]
 
     async def read(self, attributes: Attributes) -> AsyncIterator[bytes | memoryview]:
@@ -108,6 +114,10 @@ def browse(place: str, settings: MountSettings, main: Callable[[Browser], Awaita
             return result
         except ExceptionGroup as group:
             raise first_of(group) from None
+        except BaseExceptionGroup as group:
+            if group.subgroup(KeyboardInterrupt) is not None:
+                raise KeyboardInterrupt from None
+            raise
         finally:
             store.close()
 

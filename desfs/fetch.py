@@ -39,7 +39,7 @@ UNIT = 4 * 1024 * 1024  # of large payloads: the longest that is fetched with an
 AHEAD = 16
 LEAST_AHEAD = 5
 
-_LAST_SAVES_S = 5.0  # for the disk cache to take what has come, when the mount ends
+_LAST_SAVES_S = 2.0  # for the disk cache to take what has come, when the mount ends
 
 # What is being fetched is in memory twice while its end is put to its beginning.
 _COPIES = 2
@@ -109,7 +109,7 @@ class Fetcher:
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Fetch, until cancelled; then what is on its way to the disk cache still gets there, if that takes seconds."""
+        """Fetch, until cancelled; then what is on its way to the disk cache still gets there, in two seconds."""
         try:
             async with trio.open_nursery() as self._nursery:
                 task_status.started()

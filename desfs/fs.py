@@ -148,12 +148,13 @@ class FileSystem:
         payloads = settings.memory - max(settings.memory // 4, min(_SLACK, settings.memory // 2))
         self.fetcher = Fetcher(self.threads, self.problems, payloads, max_gap=settings.max_gap, disk=self.caches.disk)
         self.prefetcher = Prefetcher(self.fetcher, payloads, settings.max_prefetch)
-        self._totals = Totals(self.views)
+        self.totals = Totals(self.views)
         self._xattrs = Xattrs(self.threads, self.fetcher)
         self._control = ControlDirectory(self.render_control)
         self._directories: dict[int, tuple[DayView, bytes]] = {}
         self._moves = Moves(self.views, self._forget_stale)
         self._kernel: KernelCache | None = None
+        self._reconfigured = trio.Event()
         self._forgetting = trio.CapacityLimiter(_FORGETTING)
         self._started = time.time()
         self._file_mask = ~settings.umask & 0o7777
@@ -172,9 +173,13 @@ class FileSystem:
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.fetcher.run)
+                await nursery.start(self.totals.run)
                 task_status.started()
                 while True:
-                    await trio.sleep(self.settings.refresh)
+                    self._reconfigured = trio.Event()
+                    with trio.move_on_after(self.settings.refresh):
+                        await self._reconfigured.wait()
+                        continue
                     await self.refresh()
         finally:
             self.prefetcher.pusher = None
@@ -186,6 +191,7 @@ class FileSystem:
         live = {name: getattr(settings, name) for name in LIVE_SETTINGS}
         self.settings = self.settings.model_copy(update=live)
         self.threads.deadline_s = settings.deadline
+        self._reconfigured.set()
         return [name for name in changed if name not in LIVE_SETTINGS]
 
     async def refresh(self, *, everything: bool = False) -> None:
@@ -312,7 +318,7 @@ class FileSystem:
 
     async def statfs(self) -> tuple[int, int]:
         """(bytes of the store, files in the indexes that have been read): nobody knows the others'."""
-        return await self._totals.bytes(), self._open_totals()[1]
+        return await self.totals.bytes(), self._open_totals()[1]
 
     def _open_totals(self) -> tuple[int, int]:
         """(bytes, files) of the containers that are open."""

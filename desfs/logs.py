@@ -58,9 +58,9 @@ def configure_logs(settings: StoreSettings, *, detached: bool = False) -> None:
         cache_logger_on_first_use=True,
     )
     root = logging.getLogger()
-    for before in root.handlers:
-        before.close()
-    root.handlers = [handler]
+    before, root.handlers = root.handlers, [handler]
+    for each in before:  # after it: a thread that logs meanwhile would open a closed file again
+        each.close()
     root.setLevel(settings.log_level.upper())
     # What the SDKs tell of every request is for their own authors.
     for name in ("botocore", "boto3", "urllib3", "s3transfer"):

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 
 import pyfuse3
@@ -20,8 +20,8 @@ from desfs.errors import DesfsError, StoreUnavailable
 from desfs.fs import FileSystem
 from desfs.levers import LEVERS
 from desfs.mountpoint import mounted_at, unmount
+from desfs.notify import Notifier
 from desfs.operations import KernelNotifier, Operations
-from desfs.service_manager import ServiceManager
 from desfs.settings import MountSettings, unknown_variables
 from desfs.store import open_store
 from desfs.store.retrying import Retrying
@@ -40,7 +40,7 @@ _SWITCH_S = 0.001
 _UNMOUNT_S = 3.0  # for fusermount3, once and once more: with the next line all ends within ten seconds
 _END_S = 2.0  # for requests under way when a signal comes; pyfuse3 by itself waits for them as long as they take
 
-_WATCH_S = 5.0
+_WATCH_S = 5.0  # between looks at the oldest request, where no service manager wants to hear more often
 # A call of the store takes two deadlines at most, and a request has two one behind the other at worst.
 _LATE = 4
 
@@ -70,7 +70,7 @@ def serve(
     ready: Callable[[], None],
     *,
     reload: Callable[[], MountSettings],
-    manager: ServiceManager,
+    notifier: Notifier,
 ) -> None:
     """Mount and serve until somebody unmounts, or SIGTERM or SIGINT comes; `ready` is called when the root answers.
 
@@ -80,7 +80,7 @@ def serve(
     """
     memory.limit_arenas()
     sys.setswitchinterval(_SWITCH_S)
-    trio.run(_serve, source, mountpoint, settings, ready, reload, manager)
+    trio.run(_serve, source, mountpoint, settings, ready, reload, notifier)
 
 
 async def _serve(
@@ -89,7 +89,7 @@ async def _serve(
     settings: MountSettings,
     ready: Callable[[], None],
     reload: Callable[[], MountSettings],
-    manager: ServiceManager,
+    notifier: Notifier,
 ) -> None:
     if settings.memory <= _SMALL_MEMORY:
         memory.keep_small()
@@ -103,22 +103,28 @@ async def _serve(
         raise StoreUnavailable(f"{store.url} did not answer within {_START_LIMIT_S:g} s")
     store.deadline_s = settings.deadline
     operations = Operations(fs, settings)
-    with _reported_by_libfuse() as message:
+    # Before there is a mount that would be left behind dead. What comes again while it ends says nothing new: at its
+    # end the receiver hands back what it has not given.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    with trio.open_signal_receiver(*numbers) as signals:
+        with _reported_by_libfuse() as message:
+            try:
+                pyfuse3.init(operations, mountpoint, fuse_options(source, settings))
+            except RuntimeError as error:
+                raise MountFailed(f"cannot mount at {mountpoint}: {message() or error}") from error
+        daemon = _Daemon(store, fs, mountpoint, reload, notifier)
+        unmount = False
         try:
-            pyfuse3.init(operations, mountpoint, fuse_options(source, settings))
-        except RuntimeError as error:
-            raise MountFailed(f"cannot mount at {mountpoint}: {message() or error}") from error
-    daemon = _Daemon(store, fs, mountpoint, reload, manager)
-    unmount = False
-    try:
-        try:
-            await daemon.run(ready)
-        except ExceptionGroup as group:
-            raise first_of(group) from None
-        unmount = daemon.is_still_mounted()
-    finally:
-        pyfuse3.close(unmount=unmount)
-        store.close()
+            try:
+                await daemon.run(ready, signals)
+            except ExceptionGroup as group:
+                raise first_of(group) from None
+            unmount = daemon.is_still_mounted()
+        finally:
+            pyfuse3.close(unmount=unmount)
+            store.close()
 
 
 class _Daemon:
@@ -130,26 +136,26 @@ class _Daemon:
         fs: FileSystem,
         mountpoint: str,
         reload: Callable[[], MountSettings],
-        manager: ServiceManager,
+        notifier: Notifier,
     ) -> None:
         self._store = store
         self._fs = fs
         self._mountpoint = mountpoint
         self._mounted = mounted_at(mountpoint)
         self._reload = reload
-        self._manager = manager
+        self._notifier = notifier
         self._requests = trio.CancelScope()
 
-    async def run(self, ready: Callable[[], None]) -> None:
+    async def run(self, ready: Callable[[], None], signals: AsyncIterator[int]) -> None:
         """Serve until the kernel or a signal ends the session."""
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._answer_signals, nursery)
+            nursery.start_soon(self._answer_signals, nursery, signals)
             await nursery.start(self._fs.run, KernelNotifier())
             nursery.start_soon(self._announce, ready)
             nursery.start_soon(self._watch)
             with self._requests:
                 await pyfuse3.main(max_tasks=_MAX_TASKS)
-            self._manager.stopping("unmounted")
+            self._notifier.stopping("unmounted")
             nursery.cancel_scope.cancel()
 
     def is_still_mounted(self) -> bool:
@@ -158,25 +164,20 @@ class _Daemon:
         now = mounted_at(self._mountpoint)
         return now is not None and self._mounted is not None and now.mount_id == self._mounted.mount_id
 
-    async def _answer_signals(
-        self, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        ends = (signal.SIGTERM, signal.SIGINT)
-        with trio.open_signal_receiver(*ends, signal.SIGHUP, signal.SIGUSR1) as signals:
-            task_status.started()
-            async for number in signals:
-                if number == signal.SIGHUP:
-                    await self._take_settings(nursery)
-                elif number == signal.SIGUSR1:
-                    dump_state(self._fs)
-                else:
-                    await self._end(signal.Signals(number).name)
+    async def _answer_signals(self, nursery: trio.Nursery, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            if number == signal.SIGHUP:
+                await self._take_settings(nursery)
+            elif number == signal.SIGUSR1:
+                dump_state(self._fs)
+            else:
+                await self._end(signal.Signals(number).name)
 
     async def _end(self, why: str) -> None:
         """Unmount, and end the main loop; requests that take too long are given up, and the kernel tells those who wait
         for them."""
         log.info("unmounting", mountpoint=self._mountpoint, signal=why)
-        self._manager.stopping("unmounting")
+        self._notifier.stopping("unmounting")
         if self.is_still_mounted():
             try:
                 await trio.to_thread.run_sync(self._unmount, False)
@@ -195,18 +196,20 @@ class _Daemon:
     async def _take_settings(self, nursery: trio.Nursery) -> None:
         """Read the settings again; those that make no sense leave all as it is."""
         log.info("reloading the settings")
-        self._manager.reloading()
+        self._notifier.reloading()
         try:
             settings = self._reload()
         except DesfsError as error:
             log.error("the settings make no sense, the old ones hold", error=str(error))
+        except Exception:  # nothing of a mount that works ends with it
+            log.exception("unexpected error in the settings, the old ones hold")
         else:
             later = self._fs.reconfigure(settings)
             self._store.deadline_s = settings.deadline
             if later:
                 log.warning("these settings take effect with the next mount", settings=sorted(later))
             log.info("reloaded the settings")
-        self._manager.ready(self._status())
+        self._notifier.ready(self._status())
         nursery.start_soon(partial(self._fs.refresh, everything=True))
 
     async def _announce(self, ready: Callable[[], None]) -> None:
@@ -215,7 +218,7 @@ class _Daemon:
         if self._mounted is not None:
             LEVERS.raise_read_ahead(self._mounted.device)
         log.info("mounted", mountpoint=self._mountpoint, levers=LEVERS.report())
-        self._manager.ready(self._status())
+        self._notifier.ready(self._status())
         ready()
 
     def _status(self) -> str:
@@ -224,7 +227,7 @@ class _Daemon:
     async def _watch(self) -> None:
         """Tell the service manager that the event loop turns, and the log when a request takes longer than any may. A
         manager that hears nothing ends us: not because of a store that does not answer, that is no fault of ours."""
-        interval_s = _WATCH_S if self._manager.watchdog_s is None else min(self._manager.watchdog_s / 3, _WATCH_S)
+        interval_s = _WATCH_S if self._notifier.watchdog_s is None else min(self._notifier.watchdog_s / 3, _WATCH_S)
         is_late = False
         while True:
             oldest = self._fs.requests.oldest()
@@ -232,7 +235,7 @@ class _Daemon:
             if oldest is not None and oldest.age_s > limit_s and not is_late:
                 log.error("a request takes too long", operation=oldest.operation, age_s=round(oldest.age_s, 1))
             is_late = oldest is not None and oldest.age_s > limit_s
-            self._manager.alive()
+            self._notifier.alive()
             await trio.sleep(interval_s)
 
 

@@ -32,9 +32,9 @@ class Mounted:
 def mounted_at(path: str) -> Mounted | None:
     """What is mounted at a path, the topmost if several are. Does not touch the path itself, which may hang."""
     found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
-            fields = line.split()
+            fields = line.rstrip("\n").split(" ")  # of the blanks, a path has escapes for space, tab and newline alone
             if _unescaped(fields[4]) == path:
                 fs_type, source = fields[fields.index("-") + 1 :][:2]
                 found = Mounted(int(fields[0]), fields[2], fs_type, _unescaped(source))
@@ -90,7 +90,7 @@ def unmount(path: str, *, lazy: bool = False, limit_s: float = _UNMOUNT_TIMEOUT_
         raise DesfsError(f"{path}: nothing is mounted there")
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
     except FileNotFoundError:
         raise DesfsError("fusermount3 is not installed (Debian and Ubuntu: the package fuse3)") from None
     except subprocess.TimeoutExpired:

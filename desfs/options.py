@@ -118,7 +118,7 @@ def parse_options(lists: list[str], known: frozenset[str], *, sloppy: bool = Fal
             raise UsageError(f"unknown mount option {name!r}{did_you_mean(name, known | _NO_MEANING)}")
         elif name in FLAGS:
             if equals and value not in ("true", "false", "0", "1"):
-                raise UsageError(f"mount option {name} takes no value")
+                raise UsageError(f"mount option {name}: found {value!r}, want nothing, true or false")
             settings[name] = value or "true"
         elif not equals:
             raise UsageError(f"mount option {name} needs a value: {name}=…")
@@ -127,7 +127,7 @@ def parse_options(lists: list[str], known: frozenset[str], *, sloppy: bool = Fal
     return settings, unknown
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to add to the message that a name is not known: the nearest one, or nothing."""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """What to add to the message that a name is not known: the nearest one, behind a prefix, or nothing."""
     nearest = difflib.get_close_matches(name, sorted(known), 1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""

@@ -70,7 +70,15 @@ class PieceCache:
         if size > self._max_bytes:
             return
         for key in piece.places():
+            before = self._holders.get(key)
             self._holders[key] = piece  # of two pieces with a block the newer one
+            if (
+                before is not None
+                and before is not piece
+                and not any(self._holders.get(each) is before for each in before.places())
+            ):
+                self._pieces.pop(id(before))
+                self._count(before, -len(before.data))
         self._pieces[id(piece)] = piece
         self._count(piece, size)
         self._make_room()

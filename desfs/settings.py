@@ -147,7 +147,7 @@ class PackerSettings(StoreSettings):
     big_file_threshold: Annotated[Size, Field(ge=1)] = BIG_FILE_THRESHOLD
     shard_bits: int | None = Field(default=None, ge=1, le=32)
     naming: Literal["path", "assigned"] | None = None
-    timezone: str = "UTC"
+    timezone: Timezone = "UTC"
     node_id: int = Field(default=0, ge=0, le=255)
     holder: str = ""
 
@@ -179,7 +179,7 @@ def load_settings(kind: type[S], given: Mapping[str, Any], name_of: Callable[[st
 
     Raises: UsageError naming the option, the variable or the file's key that makes no sense.
     """
-    path = given.get("config") or os.environ.get(f"{_PREFIX}CONFIG")
+    path = config_path(given)
     from_file = read_config(path, kind) if path else {}
     merged = {name: value for name, value in from_file.items() if f"{_PREFIX}{name.upper()}" not in os.environ}
     merged |= given
@@ -198,6 +198,11 @@ def load_settings(kind: type[S], given: Mapping[str, Any], name_of: Callable[[st
         raise UsageError(f"{origin}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
+def config_path(given: Mapping[str, Any]) -> str | None:
+    """The settings file that the command line names, or else the environment."""
+    return given.get("config") or os.environ.get(f"{_PREFIX}CONFIG") or None
+
+
 def read_config(path: str, kind: type[StoreSettings]) -> dict[str, Any]:
     """The settings for a program in a TOML file: those outside of tables, which hold for every program that has them,
     and those in its own table, which win.
@@ -213,7 +218,7 @@ def read_config(path: str, kind: type[StoreSettings]) -> dict[str, Any]:
         raise UsageError(f"settings file {path}: {error}") from error
     tables = {name: document.pop(name) for name in SECTIONS if name in document}
     everybody = {name for each in SECTIONS.values() for name in each.model_fields} - {"config"}
-    _check_keys(path, "", document, everybody)
+    _check_keys(path, "", document, everybody | SECTIONS.keys())
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UsageError(f"settings file {path}: {name} is a table: [{name}]")
@@ -232,7 +237,7 @@ def unknown_variables() -> list[str]:
     known = {name.upper() for each in SECTIONS.values() for name in each.model_fields}
     found = sorted(name.removeprefix(_PREFIX) for name in os.environ if name.startswith(_PREFIX))
     return [
-        f"{_PREFIX}{name} in the environment is no setting{did_you_mean(name.upper(), known)}"
+        f"{_PREFIX}{name} in the environment is no setting{did_you_mean(name.upper(), known, _PREFIX)}"
         for name in found
         if name.upper() not in known
     ]

@@ -374,7 +374,7 @@ class MountEntry:
 def mount_table() -> list[MountEntry]:
     """All mounts, in the order of the kernel: of two at one place the later is on top."""
     entries = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    for line in Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape").split("\n")[:-1]:
         left, _, right = line.partition(" - ")
         words = left.split(" ")
         path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[4])

@@ -22,9 +22,11 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 from des_format.errors import DesFormatError
 from desfs.browse import Browser, browse
-from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail
+from desfs.cli.exits import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, fail, printable, survive_names
 from desfs.errors import DesfsError, IsADirectory, UsageError
 from desfs.fs import Attributes
 from desfs.logs import configure_logs
@@ -39,14 +41,19 @@ def with_browser(store: str, options: dict[str, Any], main: Callable[[Browser], 
     try:
         settings = load_settings(MountSettings, options, lambda name: f"--{name.replace('_', '-')}")
         configure_logs(settings if "log_level" in settings.model_fields_set else _quiet(settings))
+        survive_names()
         return browse(store, settings, main)
     except UsageError as error:
         return fail(error, EXIT_USAGE)
     except (DesfsError, DesFormatError) as error:
         return fail(error, EXIT_FAILURE)
-    except BrokenPipeError:  # whoever reads has had enough: no error, but no success
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except OSError as error:  # of standard output: the store's are DesfsErrors
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever reads has had enough: no error, but no success
+            return EXIT_FAILURE
+        return fail(f"standard output: {error.strerror}", EXIT_FAILURE)
 
 
 def _quiet(settings: MountSettings) -> MountSettings:
@@ -68,29 +75,51 @@ def ls(
 
     async def main(browser: Browser) -> int:
         status = 0
+
+        def failed(error: Exception) -> None:
+            nonlocal status
+            status = fail(error, EXIT_FAILURE)
+
         for path in paths:
             try:
-                await _list(browser, path.strip("/"), long=long, recursive=recursive, directory=directory, json=json)
+                await _list(
+                    browser,
+                    path.strip("/"),
+                    failed,
+                    long=long,
+                    recursive=recursive,
+                    directory=directory,
+                    json=json,
+                )
             except (DesfsError, DesFormatError) as error:
                 status = fail(error, EXIT_FAILURE)
         for problem in browser.problems():
-            print(f"desfs: not all is shown: {problem}", file=sys.stderr)
+            status = fail(f"not all is shown: {problem}", EXIT_FAILURE)
         sys.stdout.flush()
         return status
 
     return with_browser(store, options, main)
 
 
-async def _list(browser: Browser, path: str, *, long: bool, recursive: bool, directory: bool, json: bool) -> None:
+async def _list(
+    browser: Browser,
+    path: str,
+    failed: Callable[[Exception], None],
+    *,
+    long: bool,
+    recursive: bool,
+    directory: bool,
+    json: bool,
+) -> None:
     def show(name: str, at: str, attributes: Attributes) -> None:
         if json:
             print(jsons.dumps(_record(browser, at, attributes), ensure_ascii=False))
         else:
-            print(_line(attributes, name) if long else _printable(name))
+            print(_line(attributes, name) if long else printable(name))
 
     found = await browser.lookup(path)
     if recursive and not directory:
-        async for at, attributes in browser.walk(path):
+        async for at, attributes in browser.walk(path, failed):
             if at != path or not modes.S_ISDIR(attributes.mode):
                 show(at, at, attributes)
     elif modes.S_ISDIR(found.mode) and not directory:
@@ -135,11 +164,11 @@ def stat(store: str, paths: list[str], options: dict[str, Any], *, json: bool) -
                 status = fail(error, EXIT_FAILURE)
                 continue
             if json:
-                print(jsons.dumps(record, ensure_ascii=False))
+                print(msgspec.json.encode(record).decode())
             else:
                 for key, value in record.items():
-                    text = value if isinstance(value, str) else jsons.dumps(value, ensure_ascii=False)
-                    print(f"{key:>10}: {_printable(text)}")
+                    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+                    print(f"{key:>10}: {printable(text)}")
         sys.stdout.flush()
         return status
 
@@ -163,17 +192,17 @@ def _of_xattrs(values: dict[str, bytes]) -> dict[str, Any]:
         key: values[name].decode("utf-8", "replace") for name, key in _XATTRS.items() if name in values
     }
     if _META in values:
-        raw = values[_META].decode("utf-8", "replace")
         try:
-            found["meta"] = jsons.loads(raw)
-        except ValueError:  # damaged: as it is
-            found["meta"] = raw
+            msgspec.json.decode(values[_META])
+            found["meta"] = msgspec.Raw(values[_META])  # a float would not have all of the digits
+        except msgspec.DecodeError:  # damaged: as it is
+            found["meta"] = values[_META].decode("utf-8", "replace")
     return found
 
 
 def _line(attributes: Attributes, name: str) -> str:
     return (
-        f"{modes.filemode(attributes.mode)} {attributes.size:>12} {_time(attributes.mtime_ns)[:19]} {_printable(name)}"
+        f"{modes.filemode(attributes.mode)} {attributes.size:>12} {_time(attributes.mtime_ns)[:19]} {printable(name)}"
     )
 
 
@@ -183,8 +212,3 @@ def _time(time_ns: int) -> str:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
     except (ValueError, OverflowError):  # years that datetime does not have
         return f"@{seconds}.{rest:09d}"
-
-
-def _printable(name: str) -> str:
-    """A name in one line, whatever it contains: on a terminal its control characters would do something."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)

@@ -15,6 +15,7 @@ app = typer.Typer(
     name="desfs",
     help="Small files packed into containers on S3-style storage, mounted back as plain directories.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # a default in brackets is no markup
 )
@@ -184,7 +185,8 @@ def umount(
     try:
         unmount(directory, lazy=lazy)
     except DesfsError as error:
-        raise typer.Exit(fail(error, EXIT_FAILURE)) from error
+        hint = "" if lazy or "busy" not in str(error) else " (--lazy takes it away all the same)"
+        raise typer.Exit(fail(f"{error}{hint}", EXIT_FAILURE)) from error
 
 
 @app.command()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +54,12 @@ def extract(store: str, paths: list[str], to: str, options: dict[str, Any], *, o
     async def main(browser: Browser) -> int:
         with _progress(sys.stderr.isatty()) as show:
             extraction = _Extraction(browser, target, overwrite, show)
-            for path in paths:
-                await extraction.take(path)
-            await extraction.finish()
+            try:
+                for path in paths:
+                    await extraction.take(path)
+                await extraction.finish()
+            finally:
+                extraction.close()
         for problem in browser.problems():
             fail(f"not all could be shown: {problem}", EXIT_FAILURE)
             extraction.failures += 1
@@ -66,21 +70,25 @@ def extract(store: str, paths: list[str], to: str, options: dict[str, Any], *, o
 
 
 class _Extraction:
-    """Files on their way: read in the order of the store, written in a thread, a batch behind the readers."""
+    """Files on their way: read in the order of the store, written in a thread, a batch behind the readers. One thread
+    writes at a time. Below the target everything is reached from open directories, so that no symbolic link that
+    somebody puts there leads elsewhere."""
 
     def __init__(self, browser: Browser, target: str, overwrite: bool, show: _Show) -> None:
+        """Raises: NotWritten."""
         self.files = self.bytes = self.failures = 0
         self._browser = browser
         self._target = target
         self._overwrite = overwrite
         self._show = show
         self._batch: list[_Small] = []
-        self._folders: set[str] = set()
+        self._folder = ""  # that `_folder_fd` is
+        self._folder_fd = -1
 
     async def take(self, path: str) -> None:
         """A path and what is below it. What cannot be read or written is said, and the rest goes on."""
         try:
-            async for at, attributes in self._browser.walk(path):
+            async for at, attributes in self._browser.walk(path, self._failed):
                 try:
                     await self._take_one(at, attributes)
                 except (DesfsError, DesFormatError) as error:
@@ -94,10 +102,18 @@ class _Extraction:
         for error in await trio.to_thread.run_sync(self._write_batch, batch):
             self._failed(error)
 
+    def close(self) -> None:
+        """Let go of the directory that is open."""
+        if self._folder_fd >= 0:
+            os.close(self._folder_fd)
+            self._folder_fd = -1
+
     async def _take_one(self, path: str, attributes: Attributes) -> None:
         if stat.S_ISDIR(attributes.mode):
-            await trio.to_thread.run_sync(self._make_folder, path)
+            await self.finish()
+            await trio.to_thread.run_sync(self._enter, path)
         elif attributes.size > _BATCH:
+            await self.finish()
             await self._write_large(path, attributes)
         else:
             data = b"".join([bytes(piece) async for piece in self._browser.read(attributes)])
@@ -125,43 +141,71 @@ class _Extraction:
 
     @contextmanager
     def _created(self, path: str, attributes: Attributes) -> Iterator[int]:
-        """A new file, which is whole and has its time and mode at the end, or is not there. Raises: NotWritten."""
+        """A file that gets its name, time and mode when it is whole; until then what had the name has it.
+
+        Raises: NotWritten.
+        """
         folder, _, name = path.rpartition("/")
-        self._make_folder(folder)
-        full = os.path.join(self._target, folder, name)
+        at = self._enter(folder)
+        temporary = f".desfs-{os.getpid()}-{self.files}.part"
+        with self._named(path):
+            if not self._overwrite and _is_there(name, at):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(temporary, flags, 0o600, dir_fd=at)
         try:
-            if self._overwrite and os.path.lexists(full):
-                os.unlink(full)
-            file = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise NotWritten(f"{full}: {error.strerror}") from error
-        try:
-            yield file
-            os.fchmod(file, stat.S_IMODE(attributes.mode) & _PERMISSIONS)
-            os.utime(file, ns=(attributes.mtime_ns, attributes.mtime_ns))
-        except BaseException as error:
-            os.unlink(full)
-            if isinstance(error, OSError):
-                raise NotWritten(f"{full}: {error.strerror}") from error
-            raise
+            with self._named(path):
+                yield file
+                os.fchmod(file, stat.S_IMODE(attributes.mode) & _PERMISSIONS)
+                os.utime(file, ns=(attributes.mtime_ns, attributes.mtime_ns))
+                if self._overwrite:
+                    os.replace(temporary, name, src_dir_fd=at, dst_dir_fd=at)
+                else:
+                    os.link(temporary, name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
         finally:
             os.close(file)
+            with suppress(FileNotFoundError):  # replaced
+                os.unlink(temporary, dir_fd=at)
 
-    def _make_folder(self, folder: str) -> None:
-        """The directories of a path, none of them a symbolic link that leads elsewhere. Raises: NotWritten."""
-        if folder in self._folders or not folder:
-            return
-        self._make_folder(folder.rpartition("/")[0])
-        full = os.path.join(self._target, folder)
+    def _enter(self, folder: str) -> int:
+        """The open directory of that path below the target; made where it is missing. Raises: NotWritten."""
+        if folder == self._folder and self._folder_fd >= 0:
+            return self._folder_fd
+        self.close()
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._named(""):
+            at = os.open(self._target, flags)
         try:
-            if not stat.S_ISDIR(os.lstat(full).st_mode):
-                raise NotWritten(f"{full}: is there and no directory")
-        except FileNotFoundError:
-            try:
-                os.mkdir(full)
-            except OSError as error:
-                raise NotWritten(f"{full}: {error.strerror}") from error
-        self._folders.add(folder)
+            so_far = ""
+            for part in filter(None, folder.split("/")):
+                so_far = f"{so_far}/{part}".lstrip("/")
+                with self._named(so_far):
+                    with suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=at)
+                    try:
+                        below = os.open(part, flags, dir_fd=at)
+                    except OSError as error:
+                        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                            raise NotWritten(f"{self._full(so_far)}: is there and no directory") from None
+                        raise
+                os.close(at)
+                at = below
+        except BaseException:
+            os.close(at)
+            raise
+        self._folder, self._folder_fd = folder, at
+        return at
+
+    @contextmanager
+    def _named(self, path: str) -> Iterator[None]:
+        """Errors of the system's name the path."""
+        try:
+            yield
+        except OSError as error:
+            raise NotWritten(f"{self._full(path)}: {error.strerror}") from error
+
+    def _full(self, path: str) -> str:
+        return os.path.join(self._target, path)
 
     def _count(self, size: int) -> None:
         self.files += 1
@@ -171,6 +215,14 @@ class _Extraction:
     def _failed(self, error: Exception) -> None:
         self.failures += 1
         fail(error, EXIT_FAILURE)
+
+
+def _is_there(name: str, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _write(file: int, data: bytes | memoryview) -> None:

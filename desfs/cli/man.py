@@ -69,7 +69,7 @@ def mount_page() -> str:
             "checks permissions; options of mount(8) that would say otherwise mean nothing."
         ),
         ".SH OPTIONS",
-        *_described([("-f", "Check everything, mount nothing."), *_flags_of_mount()]),
+        *_described([("-f", "Check options and mount point, mount nothing."), *_flags_of_mount()]),
         ".SH MOUNT OPTIONS",
         _text(ESCAPES),
         *_mount_options(),

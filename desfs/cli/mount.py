@@ -9,17 +9,17 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from desfs.cli.exits import EXIT_FAILURE, EXIT_MOUNT_FAILED, EXIT_USAGE, fail, one_line
+from desfs.cli.exits import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_MOUNT_FAILED, EXIT_USAGE, fail, one_line
 from desfs.errors import DesfsError, UsageError
 from desfs.options import FLAGS, OPTION_HELP
 
 if TYPE_CHECKING:
-    from desfs.service_manager import ServiceManager
+    from desfs.notify import Notifier
     from desfs.settings import MountSettings
 
-    Serve = Callable[[Callable[[], None], ServiceManager], None]
+    Serve = Callable[[Callable[[], None], Notifier], None]
 
 _READY = b"ready\n"
 
@@ -55,7 +55,7 @@ def _helper_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="s3://bucket/prefix, file:///directory or a directory")
     parser.add_argument("directory", metavar="DIR", help="where to mount it: an existing directory")
     parser.add_argument("-o", dest="options", metavar="OPT,…", action="append", default=[], help="mount options")
-    parser.add_argument("-f", dest="fake", action="store_true", help="check everything, mount nothing")
+    parser.add_argument("-f", dest="fake", action="store_true", help="check options and mount point, mount nothing")
     _add_flags_of_mount(parser)
     return parser
 
@@ -76,7 +76,10 @@ def main(arguments: list[str]) -> int:
 
 def helper() -> NoReturn:
     """The entry point of `mount.desfs`, which mount(8) runs for the type `desfs`; its exit codes are mount(8)'s."""
-    parsed = _helper_parser().parse_args()
+    try:
+        parsed = _helper_parser().parse_args()
+    except SystemExit as end:
+        sys.exit(EXIT_FAILURE if end.code == EXIT_USAGE else end.code)
     parsed.foreground = False
     status = _mount(parsed, fake=parsed.fake)
     sys.exit(EXIT_FAILURE if status == EXIT_USAGE else status)
@@ -84,7 +87,7 @@ def helper() -> NoReturn:
 
 def _mount(parsed: argparse.Namespace, *, fake: bool) -> int:
     try:
-        source, mountpoint, serve = _prepare(parsed)
+        source, mountpoint, is_writable, serve = _prepare(parsed)
     except UsageError as error:
         return fail(error, EXIT_USAGE)
     except DesfsError as error:
@@ -95,16 +98,20 @@ def _mount(parsed: argparse.Namespace, *, fake: bool) -> int:
         status = _stay(serve)
     else:
         status = _daemonize(serve)
+    if status == 0 and is_writable and not fake:
+        print(f"desfs: {source} is mounted read-only", file=sys.stderr)
     if status == 0 and parsed.verbose:
         print(f"desfs: {source} {'would be' if fake else 'is'} mounted on {mountpoint}")
     return status
 
 
 def _stay(serve: Serve) -> int:
-    from desfs.service_manager import ServiceManager
+    from desfs.notify import Notifier
 
     try:
-        serve(lambda: None, ServiceManager(os.environ))
+        serve(lambda: None, Notifier(os.environ))
+    except KeyboardInterrupt:  # before there is a mount
+        return EXIT_INTERRUPTED
     except DesfsError as error:
         return fail(error, EXIT_MOUNT_FAILED)
     except Exception as error:
@@ -112,8 +119,9 @@ def _stay(serve: Serve) -> int:
     return 0
 
 
-def _prepare(parsed: argparse.Namespace) -> tuple[str, str, Serve]:
-    """Check all that can be checked without the store; source, mount point, and the function that serves."""
+def _prepare(parsed: argparse.Namespace) -> tuple[str, str, bool, Serve]:
+    """Check all that can be checked without the store; source, mount point, whether somebody wants to write there, and
+    the function that serves."""
     from desfs.mountpoint import check_mountpoint
     from desfs.options import parse_options, split_options
     from desfs.settings import MountSettings
@@ -137,17 +145,16 @@ def _prepare(parsed: argparse.Namespace) -> tuple[str, str, Serve]:
     source = parsed.source
     if not source:
         raise UsageError("the source is empty: want s3://bucket/prefix, file:///directory or a directory")
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source):
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(s3|file):", source, re.IGNORECASE):
         source = os.path.abspath(source)
     try:
         mountpoint = check_mountpoint(parsed.directory)
     except UsageError as error:
         raise DesfsError(str(error)) from error
-    if "rw" in words:
-        print(f"desfs: {source} is mounted read-only", file=sys.stderr)
+    _check_hidden(source, mountpoint)
     here = os.getcwd()
 
-    def serve(ready: Callable[[], None], manager: ServiceManager) -> None:
+    def serve(ready: Callable[[], None], notifier: Notifier) -> None:
         from desfs.levers import LEVERS
         from desfs.logs import configure_logs
 
@@ -160,25 +167,43 @@ def _prepare(parsed: argparse.Namespace) -> tuple[str, str, Serve]:
             configure_logs(changed, detached=not parsed.foreground)
             return changed
 
-        serve(source, mountpoint, settings, ready, reload=reload, manager=manager)
+        serve(source, mountpoint, settings, ready, reload=reload, notifier=notifier)
 
-    return source, mountpoint, serve
+    return source, mountpoint, "rw" in words, serve
 
 
 def _settings(given: dict[str, str], here: str = "") -> MountSettings:
     """The settings. Paths that are relative to the caller's directory (`here`, once that is not ours any more) are said
     in full: the daemon's is the root."""
-    from desfs.settings import MountSettings, load_settings
+    from desfs.settings import MountSettings, config_path, load_settings
 
     def in_full(path: str | None) -> str | None:
         return path and os.path.abspath(os.path.join(here, path))
 
-    config = given.get("config") or os.environ.get("DESFS_CONFIG")
+    config = config_path(given)
     if config:
         given = given | {"config": str(in_full(config))}
     settings = load_settings(MountSettings, given, lambda name: f"mount option {name}")
     paths = {name: in_full(getattr(settings, name)) for name in ("log_file", "ca_bundle", "cache_dir")}
     return settings.model_copy(update=paths)
+
+
+def _check_hidden(source: str, mountpoint: str) -> None:
+    """The mount must not hide its own store, nor another one: most likely the arguments are the wrong way round.
+
+    Raises: DesfsError.
+    """
+    from desfs.layout import LAYOUT_KEY
+    from desfs.mountpoint import mounted_at
+    from desfs.store.url import local_root
+
+    if mounted_at(mountpoint) is not None:  # an automount point: a look below it would wait for this mount
+        return
+    root = local_root(source)
+    if root is not None and root.resolve().is_relative_to(mountpoint):
+        raise DesfsError(f"the store {source} is at the mount point {mountpoint}, or below it, and would be hidden")
+    if os.path.exists(os.path.join(mountpoint, LAYOUT_KEY)):
+        raise DesfsError(f"the mount point {mountpoint} is itself a store, and would be hidden: the source comes first")
 
 
 def _check_allow_other() -> None:
@@ -199,22 +224,26 @@ def _daemonize(serve: Serve) -> int:
         os.close(reader)
         _run_daemon(serve, writer)
     os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        word = pipe.read()
+    try:
+        with os.fdopen(reader, "rb") as pipe:
+            word = pipe.read()
+    except KeyboardInterrupt:  # the daemon has it too, as long as it is not ready
+        return EXIT_INTERRUPTED
     if word == _READY:
         return 0
     return fail(word.decode(errors="replace").strip() or "the mount daemon died at its start", EXIT_MOUNT_FAILED)
 
 
 def _run_daemon(serve: Serve, writer: int) -> NoReturn:
-    from desfs.service_manager import ServiceManager
+    from desfs.notify import Notifier
 
     status = 1
     try:
         os.chdir("/")
-        serve(functools.partial(_ready, writer), ServiceManager({}))
+        serve(functools.partial(_ready, writer), Notifier({}))
         status = 0
     except DesfsError as error:
+        _log().error("the mount failed", error=str(error))
         _say(writer, one_line(str(error)).encode("utf-8", "backslashreplace"))
     except Exception as error:
         _say(writer, one_line(str(_unexpected(error))).encode("utf-8", "backslashreplace"))
@@ -229,9 +258,9 @@ def _ready(writer: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    os.close(null)
     _say(writer, _READY)
-    os.close(writer)
+    os.dup2(null, writer)  # not closed: what is said later must not get into whatever has the number then
+    os.close(null)
 
 
 def _say(writer: int, word: bytes) -> None:
@@ -242,7 +271,11 @@ def _say(writer: int, word: bytes) -> None:
 
 def _unexpected(error: Exception) -> DesfsError:
     """Log what nobody foresaw with its traceback; an error that says it in a line."""
+    _log().exception("the mount failed", exc_info=error)
+    return DesfsError(f"{type(error).__name__}: {error}")
+
+
+def _log() -> Any:
     import structlog
 
-    structlog.get_logger(__name__).exception("the mount failed", exc_info=error)
-    return DesfsError(f"{type(error).__name__}: {error}")
+    return structlog.get_logger(__name__)

@@ -16,7 +16,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail
+from des_format.shards import is_day
+from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail, printable
 from desfs.errors import DesfsError, UsageError
 from desfs.logs import configure_logs
 from desfs.settings import StoreSettings, load_settings
@@ -188,7 +189,7 @@ def store_lines(status: StoreStatus) -> list[tuple[str, str]]:
         if status.layout_problem is not None
         else "none: a lookup reads all indexes of a day"
     )
-    days = sum(each.day[:1].isdigit() for each in status.days)
+    days = sum(is_day(each.day) for each in status.days)
     return [
         ("store", status.place),
         ("layout", known),
@@ -221,7 +222,7 @@ def day_rows(status: StoreStatus) -> list[Sequence[str]]:
 
 
 def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    pairs = [(name, _printable(text)) for name, text in pairs]
+    pairs = [(name, printable(text)) for name, text in pairs]
     if not sys.stdout.isatty():
         width = max(len(name) for name, _ in pairs)
         for name, text in pairs:
@@ -244,7 +245,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         for row in (columns, *rows):
             first, *rest = (
-                f"{_printable(text):{'<' if place == 0 else '>'}{width}}"
+                f"{printable(text):{'<' if place == 0 else '>'}{width}}"
                 for place, (text, width) in enumerate(zip(row, widths, strict=True))
             )
             print("  ".join((first, *rest)).rstrip())
@@ -258,7 +259,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
     for number, row in enumerate(rows, 1):
         last = number == len(rows)
-        table.add_row(*(Text(_printable(text)) for text in row), style="bold" if last else None)
+        table.add_row(*(Text(printable(text)) for text in row), style="bold" if last else None)
     Console(highlight=False).print(table)
 
 
@@ -293,8 +294,3 @@ def _duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-
-
-def _printable(text: str) -> str:
-    """A text in one line, whatever is in a name: on a terminal its control characters would do something."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

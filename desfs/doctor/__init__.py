@@ -63,7 +63,7 @@ def _of_settings(
         from desfs.doctor.place import check_directory
 
         assert directory is not None
-        return check_directory(directory, settings, Budget(each_s, _SERIES_S))
+        return check_directory(directory, source, settings, Budget(each_s, _SERIES_S))
 
     return (
         ({"store": store} if source is not None else {})

@@ -34,7 +34,7 @@ _REDIS_LIMIT_S = 2.0
 # --- the mount point ---------------------------------------------------------------------------------------------
 
 
-def check_directory(path: str, settings: MountSettings, budget: Budget) -> Iterator[Finding]:
+def check_directory(path: str, source: str | None, settings: MountSettings, budget: Budget) -> Iterator[Finding]:
     """Whether it can be mounted there, and for whom that is."""
     absolute = os.path.abspath(path)
     folder, name = os.path.split(absolute)
@@ -45,12 +45,19 @@ def check_directory(path: str, settings: MountSettings, budget: Budget) -> Itera
     if real.answered:
         # The last component may be a dead mount, which nothing can look at.
         absolute = os.path.join(os.path.realpath(folder), name)
-    yield judge_directory(path, mounted_at(absolute), whole, inside, writable, is_root=os.geteuid() == 0)
+    yield judge_directory(path, mounted_at(absolute), whole, inside, writable, source=source, is_root=os.geteuid() == 0)
     yield judge_users(settings)
 
 
 def judge_directory(
-    path: str, mounted: Mounted | None, whole: Outcome, inside: Outcome, writable: Outcome, *, is_root: bool
+    path: str,
+    mounted: Mounted | None,
+    whole: Outcome,
+    inside: Outcome,
+    writable: Outcome,
+    *,
+    source: str | None = None,
+    is_root: bool,
 ) -> Finding:
     """Whether a directory can be mounted on, by what is mounted there and what came of looking at it."""
     if mounted is not None and mounted.fs_type.startswith("fuse"):
@@ -67,6 +74,8 @@ def judge_directory(
             return error(
                 "mount point", f"{path} is a mount that does not answer: {what}", f"desfs umount --lazy {path}"
             )
+        if mounted.fs_type == FS_TYPE and source is not None and mounted.source in (source, os.path.abspath(source)):
+            return ok("mount point", f"{path}: {mounted.source} is mounted there, and answers")
         return error("mount point", f"{path} is busy: {what} is mounted there", f"desfs umount {path}, or another one")
     if whole.errno == errno.ENOENT:
         return error("mount point", f"{path} does not exist", f"mkdir -p {path}")
@@ -261,6 +270,10 @@ def check_directory_store(url: str, settings: StoreSettings, budget: Budget, *, 
     sample = contents.sample()
     folder = next(reversed(contents.days), None) or next(iter(contents.folders), None)
     if sample is None and folder is not None:
-        below = in_time(lambda: store.list(f"{folder}/", delimiter=True), budget).objects
+        try:
+            below = in_time(lambda: store.list(f"{folder}/", delimiter=True), budget).objects
+        except (StoreError, TooLate) as failure:
+            yield error("get", f"{folder}/ cannot be listed: {failure}", "let the mount list the whole store")
+            return
         sample = next((Sample(each.key, each.size) for each in below if each.size), None)
     yield check_get(store, sample, budget)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from des_format.errors import InvalidEntryName
 from des_format.names import check_writable
 from desfs.imports.source import Identity, OpenFile, Report, Skipped, SourceFile, open_unchanged, skipped_kind
+from desfs.spool import INTERNAL
 
 _PERMISSIONS = 0o7777
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -60,6 +61,8 @@ class DirectorySource:
             for base, status in listed:
                 name = f"{folder}/{base}" if folder else base
                 kind = skipped_kind(status.st_mode)
+                if name == INTERNAL and stat.S_ISDIR(status.st_mode):
+                    kind = Skipped.PACKERS_OWN
                 if kind is not None:
                     report.skip(kind)
                 elif not (problem := _name_problem(name)):

@@ -31,8 +31,8 @@ _COMPRESSIONS: tuple[tuple[bytes, _Reader], ...] = (
     (b"\xfd7zXZ\x00", lzma.LZMAFile),
     (b"]\x00\x00", lzma.LZMAFile),
 )
-# OSError: gzip's BadGzipFile, and bz2's own.
-_NOT_DECOMPRESSED = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+# OSError: gzip's BadGzipFile, and bz2's own. MemoryError: a dictionary of LZMA's may have 4 GiB.
+_NOT_DECOMPRESSED = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError)
 _ZIP_BEGINNINGS = (b"PK\x03\x04", b"PK\x05\x06")  # a member, or the end of a file without any
 _TAR_NAME = re.compile(
     r"\.(tar(\.(gz|bz2|xz|lzma|lz|lz4|lzo|zst|z|br))?|t(gz|az|bz2?|b2|xz|lz|lzma|zst))\Z", re.IGNORECASE

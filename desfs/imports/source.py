@@ -38,6 +38,7 @@ class Skipped(Enum):
 
     SYMBOLIC_LINK = "symbolic link"
     EMPTY_DIRECTORY = "empty directory"
+    PACKERS_OWN = "packer's folder"  # .desfs of a spool
     CHARACTER_DEVICE = "character device"
     BLOCK_DEVICE = "block device"
     FIFO = "FIFO"

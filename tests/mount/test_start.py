@@ -155,6 +155,13 @@ def test_a_variable_that_makes_no_sense_is_a_usage_error(store: Path, mount_dir:
     assert line.startswith("desfs: mount option refresh: ")
 
 
+def test_arguments_the_wrong_way_round_are_refused(store: Path, tmp_path: Path, mount_dir: MountPoint) -> None:
+    """A mount hides what is below it: not its own store, nor another one."""
+    assert "would be hidden" in failure("mount", store, store)
+    assert "would be hidden" in failure("mount", store / DAY, store)
+    assert "the source comes first" in failure("mount", mount_dir.path, store)
+
+
 def test_an_empty_source_is_a_usage_error(mount_dir: MountPoint) -> None:
     """It would be the working directory: a variable that is not set must not mount that."""
     assert "the source is empty" in failure("mount", "", mount_dir.path, status=2)

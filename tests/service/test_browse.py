@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import pytest
 from des_format import DesWriter
 from tests.mount.mounting import PROGRAM, Source, desfs, source_of
 from tests.mount.stores import meta_of, pack_tree, put_container, source_tree
+from tests.servers import S3Server
 
 DAY = "2026-11-20"
 LARGE = bytes(range(256)) * 20_000  # 5 MB: more than a batch
@@ -223,6 +226,16 @@ def test_extract_does_not_replace_unless_told_to(source: Source, tmp_path: Path)
     assert (tmp_path / "old" / "c").read_text() == ""
 
 
+def test_extract_with_overwrite_keeps_what_it_cannot_replace(source: Source, tmp_path: Path) -> None:
+    """A file has its name when it is whole; until then what had the name has it."""
+    (tmp_path / "2026-11-21").mkdir()
+    (tmp_path / "2026-11-21" / "wrong").write_text("mine")
+    done = desfs("extract", source.url, "2026-11-21", "--to", tmp_path, "--overwrite", env=source.env)
+    assert done.returncode == 1
+    assert (tmp_path / "2026-11-21" / "wrong").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path / "2026-11-21")) == ["good", "wrong"]
+
+
 def test_extract_follows_no_links_out_of_its_directory(source: Source, tmp_path: Path) -> None:
     target, outside = tmp_path / "target", tmp_path / "outside"
     outside.mkdir()
@@ -241,6 +254,56 @@ def test_extract_leaves_out_what_is_damaged_and_says_so(source: Source, tmp_path
     assert done.returncode == 1
     assert "'wrong'" in done.stderr
     assert os.listdir(tmp_path / "2026-11-21") == ["good"]
+
+
+def test_a_container_that_is_none_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """Exit status 1: not all is shown. With a strict setting its day cannot be listed, and the others are."""
+    for day in ("2026-11-20", "2026-11-21", "2026-11-22"):
+        put_container(tmp_path / "store" / day / "0.des", {"f": b"x"})
+    (tmp_path / "store" / "2026-11-21" / "1.des").write_bytes(b"no container")
+    done = desfs("ls", "-R", tmp_path / "store")
+    assert (done.returncode, len(done.stdout.splitlines())) == (1, 6)
+    assert "2026-11-21/1.des" in done.stderr
+    strict = {"DESFS_STRICT": "true"}
+    done = desfs("ls", "-R", tmp_path / "store", env=strict)
+    assert (done.returncode, len(done.stdout.splitlines())) == (1, 5)
+    done = desfs("extract", tmp_path / "store", "--to", tmp_path / "out", env=strict)
+    assert done.returncode == 1
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("f")) == [
+        "2026-11-20/f",
+        "2026-11-22/f",
+    ]
+
+
+@pytest.mark.parametrize("command", ["ls", "cat", "stat"])
+def test_a_full_standard_output_is_an_error(source: Source, command: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [PROGRAM, command, source.url, "old/a/b"],
+            env=os.environ | dict(source.env),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (1, "desfs: standard output: No space left on device\n")
+
+
+def test_an_interrupted_command_says_nothing(s3: S3Server, tmp_path: Path) -> None:
+    """Exit status 130, as a shell has it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with subprocess.Popen(
+            [PROGRAM, "ls", "s3://bucket/p"],
+            env=os.environ | s3.environ(endpoint_url=endpoint),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            silent.accept()[0].close()
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60) == (b"", b"")
+            assert process.returncode == 130
 
 
 def test_extract_drops_set_user_id_bits(tmp_path: Path) -> None:

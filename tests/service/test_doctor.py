@@ -534,7 +534,7 @@ def test_a_mount_point_that_is_busy_hung_or_dead(folder: Path, mount_dir: MountP
     daemon = daemon_of(mount_dir.path)
 
     def mount_point(each_s: float = EACH_S) -> Finding:
-        return next(check_directory(str(mount_dir.path), MountSettings(), Budget(each_s, 60.0)))
+        return next(check_directory(str(mount_dir.path), None, MountSettings(), Budget(each_s, 60.0)))
 
     busy = mount_point()
     assert (busy.state, str(folder) in busy.found) == (State.ERROR, True)

@@ -179,6 +179,7 @@ def test_uninstall_leaves_what_was_there_before(tmp_path: Path) -> None:
         (target / link).symlink_to("/usr/local/lib/desfs/bin/desfs")
     (target / "usr/local/lib/desfs/bin").mkdir(parents=True)
     (target / "usr/local/lib/desfs/bin/desfs").write_text("")
+    (target / "usr/local/lib/desfs/pyvenv.cfg").write_text("")
     (target / "usr/local/bin/other").write_text("")
     done = make("uninstall", f"DESTDIR={target}")
     assert (done.returncode, done.stderr) == (0, "")

@@ -48,7 +48,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     [
         ("refesh = 5\n", "refesh is no setting; did you mean refresh?"),
         ("[mount]\nsettle = 5\n", r"\[mount\] settle is no setting"),
-        ("[monut]\nrefresh = 5\n", "monut is no setting"),
+        ("[monut]\nrefresh = 5\n", r"monut is no setting; did you mean mount\?"),
         ("mount = 5\n", r"mount is a table: \[mount\]"),
         ("refresh = \n", r"line 1, column 11"),
         ("refresh = 0\n", "refresh: Input should be greater than 0"),
@@ -84,4 +84,4 @@ def test_variables_that_nobody_reads_are_said_with_the_nearest_one(monkeypatch: 
     assert unknown_variables() == []
     monkeypatch.setenv("DESFS_REFESH", "5")
     monkeypatch.setenv("DESFS_SETTLE", "5")
-    assert unknown_variables() == ["DESFS_REFESH in the environment is no setting; did you mean REFRESH?"]
+    assert unknown_variables() == ["DESFS_REFESH in the environment is no setting; did you mean DESFS_REFRESH?"]

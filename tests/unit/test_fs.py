@@ -128,6 +128,7 @@ def run(world: World, main: Callable[[], Awaitable[None]], clock: trio.testing.M
             await world.fs.start()
             async with trio.open_nursery() as nursery:
                 await nursery.start(world.fs.fetcher.run)
+                await nursery.start(world.fs.totals.run)
                 await main()
                 nursery.cancel_scope.cancel()
 

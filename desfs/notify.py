@@ -11,10 +11,12 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
+_LIMIT_S = 1.0  # for a service manager that is busy to take what it must not miss
 
-class ServiceManager:
-    """Datagrams to the socket that NOTIFY_SOCKET names. A manager that is gone is no reason to stop serving: it is said
-    once in the log."""
+
+class Notifier:
+    """Datagrams to the socket that NOTIFY_SOCKET names. A service manager that is gone is no reason to stop serving:
+    it is said once in the log."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
@@ -40,14 +42,15 @@ class ServiceManager:
 
     def alive(self) -> None:
         """To be sent more often than every `watchdog_s`."""
-        self._send("WATCHDOG=1")
+        self._send("WATCHDOG=1", limit_s=0.0)
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str, limit_s: float = _LIMIT_S) -> None:
         if not self._address:
             return
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
-                sock.sendto(message.encode(), self._address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+                sock.settimeout(limit_s)
+                sock.sendto(message.encode("utf-8", "backslashreplace"), self._address)
         except OSError as error:
             if not self._has_failed:
                 log.warning("the service manager does not listen", error=str(error))
