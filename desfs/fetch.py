@@ -41,6 +41,8 @@ LEAST_AHEAD = 5
 
 _LAST_SAVES_S = 2.0  # for the disk cache to take what has come, when the mount ends
 
+_SECOND_ASKING_S = 0.05  # it comes a millisecond later; a program that tries again is told anew
+
 # What is being fetched is in memory twice while its end is put to its beginning.
 _COPIES = 2
 
@@ -106,6 +108,7 @@ class Fetcher:
         self._waiting: deque[Flight] = deque()  # those that are wanted have started, or will from the other queue
         self._wanted: deque[Flight] = deque()
         self._flights: dict[Key, Flight] = {}
+        self._failed: dict[Key, tuple[float, int]] = {}  # when, and how many readers have not asked again
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -273,16 +276,37 @@ class Fetcher:
             flight = flight or start()
             self._want(flight)
             try:
-                await patience.wait(flight.done)
+                # One that had begun before we came may be stuck in a silence that has passed: half of the time is for a
+                # try of our own.
+                await patience.wait(flight.done, 1.0 if is_ours else 0.5)
             except DeadlineExceeded:
                 self._give_up(flight)
+                if not is_ours:
+                    continue
+                failed = self._failed.get(key, (0.0, 0))[1]
+                self._failed[key] = trio.current_time(), failed + 1
                 raise
             if flight.piece is not None:
                 return flight.piece
             assert flight.error is not None
-            # One that had begun before we came may have waited for a store that is well again: another try.
             if is_ours or not isinstance(flight.error, DeadlineExceeded):
                 raise flight.error
+
+    def raise_again(self, container: OpenContainer, block: int) -> None:
+        """To be called before a block of small payloads is read, and before anything is fetched because of that.
+
+        The kernel asks at once for a second time when a read fails: it takes the first for readahead (Linux,
+        mm/filemap.c, filemap_get_pages). Who reads has waited until the deadline by then. Raises: DeadlineExceeded.
+        """
+        if not self._failed:
+            return
+        long_ago = trio.current_time() - _SECOND_ASKING_S
+        self._failed = {each: found for each, found in self._failed.items() if found[0] > long_ago}
+        key = (container.number, SMALL, block)
+        when, count = self._failed.get(key, (0.0, 0))
+        if count:
+            self._failed[key] = when, count - 1
+            raise DeadlineExceeded(f"{self.threads.store.url}: no answer, a moment ago")
 
     def _give_up(self, flight: Flight) -> None:
         """Whoever comes now begins anew, and does not wait for what is stuck."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
+import stat
 import sys
 from typing import Any
 
@@ -23,9 +24,13 @@ def configure_logs(settings: StoreSettings, *, detached: bool = False) -> None:
     handler: logging.Handler
     if settings.log_file is not None:
         try:
+            if os.path.exists(settings.log_file) and stat.S_ISFIFO(os.stat(settings.log_file).st_mode):
+                raise UsageError(f"log file {settings.log_file} is a FIFO")  # opening it would wait for its reader
             handler = logging.FileHandler(settings.log_file, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UsageError(f"log file {settings.log_file}: {error.strerror}") from error
+        except ValueError as error:  # a NUL in it
+            raise UsageError(f"log file {settings.log_file!r}: {error}") from error
     elif detached and os.path.exists(_SYSLOG):
         handler = logging.handlers.SysLogHandler(_SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
         handler.ident = f"desfs[{os.getpid()}]: "
@@ -60,7 +65,10 @@ def configure_logs(settings: StoreSettings, *, detached: bool = False) -> None:
     root = logging.getLogger()
     before, root.handlers = root.handlers, [handler]
     for each in before:  # after it: a thread that logs meanwhile would open a closed file again
-        each.close()
+        try:
+            each.close()
+        except OSError as error:  # of what it had not written yet, to a disk that is full
+            root.warning("the log file before could not be closed: %s", error.strerror)
     root.setLevel(settings.log_level.upper())
     # What the SDKs tell of every request is for their own authors.
     for name in ("botocore", "boto3", "urllib3", "s3transfer"):

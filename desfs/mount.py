@@ -19,7 +19,7 @@ from desfs.dump import dump_state
 from desfs.errors import DesfsError, StoreUnavailable
 from desfs.fs import FileSystem
 from desfs.levers import LEVERS
-from desfs.mountpoint import mounted_at, unmount
+from desfs.mountpoint import mounted_at, place_of, unmount
 from desfs.notify import Notifier
 from desfs.operations import KernelNotifier, Operations
 from desfs.settings import MountSettings, unknown_variables
@@ -49,11 +49,18 @@ class MountFailed(DesfsError):
     """The kernel or libfuse refused the mount."""
 
 
+class _Option(str):
+    """An option of libfuse's, which takes any bytes; pyfuse3 3.5.0 wants it in ASCII (internal.pxi, make_fuse_args)."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return super().encode("utf-8", "surrogateescape")
+
+
 def fuse_options(source: str, settings: MountSettings) -> set[str]:
     """The options for libfuse. A mount is always read-only, without devices and set-uid programs, and the kernel checks
     permissions."""
     name = (settings.fsname or source).replace("\\", "\\\\").replace(",", "\\,")
-    options = {"ro", "nosuid", "nodev", "default_permissions", f"fsname={name}", "subtype=desfs"}
+    options = {"ro", "nosuid", "nodev", "default_permissions", _Option(f"fsname={name}"), "subtype=desfs"}
     if settings.allow_other:
         options.add("allow_other")
     if settings.auto_unmount:  # fusermount3 then waits beside the daemon
@@ -114,6 +121,8 @@ async def _serve(
                 pyfuse3.init(operations, mountpoint, fuse_options(source, settings))
             except RuntimeError as error:
                 raise MountFailed(f"cannot mount at {mountpoint}: {message() or error}") from error
+            if message():
+                log.warning("libfuse has something to say", message=message())
         daemon = _Daemon(store, fs, mountpoint, reload, notifier)
         unmount = False
         try:
@@ -161,8 +170,10 @@ class _Daemon:
     def is_still_mounted(self) -> bool:
         """False when somebody has unmounted us, or mounted something else there meanwhile: a late exit must not take
         down a successor."""
-        now = mounted_at(self._mountpoint)
-        return now is not None and self._mounted is not None and now.mount_id == self._mounted.mount_id
+        return self._place() is not None
+
+    def _place(self) -> str | None:
+        return None if self._mounted is None else place_of(self._mounted.mount_id)
 
     async def _answer_signals(self, nursery: trio.Nursery, signals: AsyncIterator[int]) -> None:
         async for number in signals:
@@ -191,7 +202,9 @@ class _Daemon:
         self._requests.deadline = min(self._requests.deadline, trio.current_time() + _END_S)
 
     def _unmount(self, lazy: bool) -> None:
-        unmount(self._mountpoint, lazy=lazy, limit_s=_UNMOUNT_S)
+        place = self._place()
+        if place is not None:
+            unmount(place, lazy=lazy, limit_s=_UNMOUNT_S)
 
     async def _take_settings(self, nursery: trio.Nursery) -> None:
         """Read the settings again; those that make no sense leave all as it is."""

@@ -4,10 +4,12 @@ loop."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import stat
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from desfs.errors import DesfsError, UsageError
@@ -32,13 +34,20 @@ class Mounted:
 def mounted_at(path: str) -> Mounted | None:
     """What is mounted at a path, the topmost if several are. Does not touch the path itself, which may hang."""
     found = None
+    for place, mounted in _mounts():
+        if place == path:
+            found = mounted
+    return found
+
+
+def _mounts() -> Iterator[tuple[str, Mounted]]:
+    """The place and the line of each mount, in the kernel's order: of two at one place the later is on top."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
-            fields = line.rstrip("\n").split(" ")  # of the blanks, a path has escapes for space, tab and newline alone
-            if _unescaped(fields[4]) == path:
-                fs_type, source = fields[fields.index("-") + 1 :][:2]
-                found = Mounted(int(fields[0]), fields[2], fs_type, _unescaped(source))
-    return found
+            # Of the blanks, a path has escapes for space, tab and newline alone.
+            fields = line.rstrip("\n").split(" ")
+            fs_type, source = fields[fields.index("-") + 1 :][:2]
+            yield _unescaped(fields[4]), Mounted(int(fields[0]), fields[2], fs_type, _unescaped(source))
 
 
 def check_mountpoint(path: str) -> str:
@@ -74,6 +83,39 @@ def check_mountpoint(path: str) -> str:
     return final if final == absolute else check_mountpoint(final)
 
 
+def lock_mountpoint(path: str) -> int | None:
+    """An open file that keeps others from mounting at a checked mount point until it is closed: of several who try at
+    a time one wins. None at an automount point, where the kernel lets one in.
+
+    Raises: UsageError when somebody else has mounted there meanwhile, or OSError's reason.
+    """
+    if mounted_at(path) is not None:
+        return None
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # who may not read it may mount there all the same
+        return None
+    except OSError as error:
+        raise UsageError(f"mount point {path}: {error.strerror}") from error
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if mounted_at(path) is not None:
+        os.close(lock)
+        check_mountpoint(path)
+        return None
+    return lock
+
+
+def place_of(mount_id: int) -> str | None:
+    """Where a mount is now: directories above it may have been renamed. None when it is not there any more, or when
+    another one covers it."""
+    found = None
+    for path, mounted in _mounts():
+        if mounted.mount_id == mount_id:
+            found = path
+    top = None if found is None else mounted_at(found)
+    return found if top is not None and top.mount_id == mount_id else None
+
+
 def _real(path: str) -> str:
     """The path without symbolic links, but for its last component: that may be a dead mount, which nothing can look
     at."""
@@ -86,9 +128,12 @@ def unmount(path: str, *, lazy: bool = False, limit_s: float = _UNMOUNT_TIMEOUT_
 
     Raises: DesfsError with the tool's message.
     """
-    if mounted_at(_real(path)) is None:
+    place = _real(path)
+    if mounted_at(place) is None and os.path.islink(place):
+        place = os.path.realpath(place)
+    if mounted_at(place) is None:
         raise DesfsError(f"{path}: nothing is mounted there")
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", place]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
     except FileNotFoundError:

@@ -112,6 +112,7 @@ class Prefetcher:
             return b""
         if length > LARGE_PAYLOAD or not container.blocks.contains(row):
             return await self._large.read(container, row, offset, stop)
+        self._fetcher.raise_again(container, container.blocks.of(int(index.data_offset[row])))
         if offset == 0 and container.pages[row] & ASKED:
             # It has dropped the pages that it had; most likely not these alone.
             np.frombuffer(container.pages, np.uint8)[:] &= LISTED

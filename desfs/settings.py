@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,7 @@ from desfs.options import did_you_mean
 from desfs.store.base import S3Options
 
 _NO_ID = 2**32 - 1  # -1 as the kernel's 32-bit ids have it: nobody's
+_DIGITS = 20  # of a size: more than any has
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
@@ -31,6 +33,8 @@ def parse_size(value: Any) -> Any:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", value.lower())
     if match is None:
         raise ValueError(f"{value!r} is no size: write bytes, or a number with K, M, G or T")
+    if len(match[1]) > _DIGITS:
+        raise ValueError(f"{value[:_DIGITS]}… is no size: it is too large")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -210,11 +214,14 @@ def read_config(path: str, kind: type[StoreSettings]) -> dict[str, Any]:
     Raises: UsageError naming the file, and the line of what is no TOML or the key that nobody knows.
     """
     try:
-        with open(path, "rb") as file:
+        # Not blocked by a FIFO: a mount that reads its settings again would stand still.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UsageError(f"settings file {path} is no regular file")
             document = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"settings file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         raise UsageError(f"settings file {path}: {error}") from error
     tables = {name: document.pop(name) for name in SECTIONS if name in document}
     everybody = {name for each in SECTIONS.values() for name in each.model_fields} - {"config"}

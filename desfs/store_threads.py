@@ -57,10 +57,10 @@ class Patience:
         self._began = trio.current_time()
         self._answers = threads.meter.answers
 
-    async def wait(self, event: trio.Event) -> None:
-        """Raises: DeadlineExceeded."""
+    async def wait(self, event: trio.Event, share: float = 1.0) -> None:
+        """Wait, for a silent store no longer than a share of the deadline. Raises: DeadlineExceeded."""
         deadline_s = self._threads.deadline_s
-        for limit_s in (deadline_s, 2 * deadline_s):
+        for limit_s in (share * deadline_s, 2 * deadline_s):
             with trio.move_on_at(self._began + limit_s):
                 await event.wait()
                 return

@@ -13,6 +13,22 @@ COMMANDS = frozenset(("cat", "doctor", "extract", "import", "ls", "packer", "sta
 
 def main() -> None:
     """The entry point of the program `desfs`."""
+    for name, mode in (("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end
+    try:
+        try:
+            _main()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # commands name those of files; these are of standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"desfs: standard output: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _main() -> None:
     arguments = sys.argv[1:]
     if arguments == ["--version"]:  # without typer: scripts ask for it
         print(f"desfs {__version__}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import os
 import re
 import sys
@@ -122,7 +121,7 @@ def _stay(serve: Serve) -> int:
 def _prepare(parsed: argparse.Namespace) -> tuple[str, str, bool, Serve]:
     """Check all that can be checked without the store; source, mount point, whether somebody wants to write there, and
     the function that serves."""
-    from desfs.mountpoint import check_mountpoint
+    from desfs.mountpoint import check_mountpoint, lock_mountpoint
     from desfs.options import parse_options, split_options
     from desfs.settings import MountSettings
 
@@ -143,24 +142,32 @@ def _prepare(parsed: argparse.Namespace) -> tuple[str, str, bool, Serve]:
 
         take_into_use(settings.cache_dir)
     source = parsed.source
+    if not parsed.directory:
+        raise UsageError("the mount point is empty: want an existing directory")
     if not source:
         raise UsageError("the source is empty: want s3://bucket/prefix, file:///directory or a directory")
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(s3|file):", source, re.IGNORECASE):
         source = os.path.abspath(source)
     try:
         mountpoint = check_mountpoint(parsed.directory)
+        _check_hidden(source, mountpoint)
+        lock = lock_mountpoint(mountpoint)
     except UsageError as error:
         raise DesfsError(str(error)) from error
-    _check_hidden(source, mountpoint)
     here = os.getcwd()
 
-    def serve(ready: Callable[[], None], notifier: Notifier) -> None:
+    def serve(say_ready: Callable[[], None], notifier: Notifier) -> None:
         from desfs.levers import LEVERS
         from desfs.logs import configure_logs
 
         configure_logs(settings, detached=not parsed.foreground)
         LEVERS.load(settings.levers)  # before anything imports pyfuse3
         from desfs.mount import serve
+
+        def ready() -> None:
+            if lock is not None:
+                os.close(lock)
+            say_ready()
 
         def reload() -> MountSettings:
             changed = _settings(given, here)
@@ -193,7 +200,6 @@ def _check_hidden(source: str, mountpoint: str) -> None:
 
     Raises: DesfsError.
     """
-    from desfs.layout import LAYOUT_KEY
     from desfs.mountpoint import mounted_at
     from desfs.store.url import local_root
 
@@ -202,8 +208,24 @@ def _check_hidden(source: str, mountpoint: str) -> None:
     root = local_root(source)
     if root is not None and root.resolve().is_relative_to(mountpoint):
         raise DesfsError(f"the store {source} is at the mount point {mountpoint}, or below it, and would be hidden")
-    if os.path.exists(os.path.join(mountpoint, LAYOUT_KEY)):
+    if _is_store(mountpoint):
         raise DesfsError(f"the mount point {mountpoint} is itself a store, and would be hidden: the source comes first")
+
+
+def _is_store(folder: str) -> bool:
+    """Whether there is a layout, or a day with a container in it."""
+    from des_format.shards import CONTAINER_SUFFIX, is_day
+    from desfs.layout import LAYOUT_KEY
+
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name == LAYOUT_KEY:
+                return True
+            if is_day(entry.name) and entry.is_dir(follow_symlinks=False):
+                with os.scandir(entry.path) as inside:
+                    if any(each.name.endswith(CONTAINER_SUFFIX) for each in inside):
+                        return True
+    return False
 
 
 def _check_allow_other() -> None:
@@ -238,12 +260,20 @@ def _run_daemon(serve: Serve, writer: int) -> NoReturn:
     from desfs.notify import Notifier
 
     status = 1
+    is_ready = False
+
+    def ready() -> None:
+        nonlocal is_ready
+        is_ready = True
+        _ready(writer)
+
     try:
         os.chdir("/")
-        serve(functools.partial(_ready, writer), Notifier({}))
+        serve(ready, Notifier({}))
         status = 0
     except DesfsError as error:
-        _log().error("the mount failed", error=str(error))
+        if is_ready:  # else whoever waits says it
+            _log().error("the mount failed", error=str(error))
         _say(writer, one_line(str(error)).encode("utf-8", "backslashreplace"))
     except Exception as error:
         _say(writer, one_line(str(_unexpected(error))).encode("utf-8", "backslashreplace"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -162,9 +163,49 @@ def test_arguments_the_wrong_way_round_are_refused(store: Path, tmp_path: Path, 
     assert "the source comes first" in failure("mount", mount_dir.path, store)
 
 
-def test_an_empty_source_is_a_usage_error(mount_dir: MountPoint) -> None:
-    """It would be the working directory: a variable that is not set must not mount that."""
+def test_an_empty_argument_is_a_usage_error(store: Path, mount_dir: MountPoint) -> None:
+    """It would be the working directory: a variable that is not set must not mount that, nor be covered."""
     assert "the source is empty" in failure("mount", "", mount_dir.path, status=2)
+    assert "the mount point is empty" in failure("mount", store, "", status=2)
+
+
+def test_of_several_who_mount_at_a_place_one_wins(store: Path, mount_dir: MountPoint) -> None:
+    """Exit 32 for the others: the mount point is busy."""
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: desfs("mount", store, mount_dir.path), range(4)))
+    assert sorted(each.returncode for each in done) == [0, 32, 32, 32]
+    assert all("busy" in each.stderr for each in done if each.returncode)
+    assert desfs("umount", mount_dir.path).returncode == 0
+    assert not servers.is_mounted(mount_dir.path)
+
+
+@pytest.mark.parametrize("name", ["höre", "odd\xa0blank", "cr\rlf", "\udcff"])
+def test_names_that_are_not_ascii(store: Path, tmp_path: Path, name: str) -> None:
+    """Of the source, which findmnt shows, and of the mount point."""
+    shutil.copytree(store, tmp_path / "stores" / name)
+    with mounted(tmp_path / "stores" / name, tmp_path / f"mnt {name}") as where:
+        assert (where / DAY / "f").read_bytes() == b"content"
+        assert desfs("umount", where).returncode == 0
+        assert not servers.is_mounted(where)
+
+
+def test_a_mount_whose_place_was_renamed_ends_as_well(store: Path, tmp_path: Path) -> None:
+    with servers.mount_point(tmp_path / "a" / "mnt") as point:
+        mount(store, point.path)
+        pid = daemon_of(point.path)
+        (tmp_path / "a").rename(tmp_path / "b")
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not servers.is_running(pid), "the daemon's end")
+        assert not servers.is_mounted(tmp_path / "b" / "mnt")
+        assert os.listdir(tmp_path / "b" / "mnt") == []
+
+
+def test_a_link_to_a_mount_unmounts_it(store: Path, mount_dir: MountPoint, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(mount_dir.path)
+    mount(store, tmp_path / "link")
+    assert servers.is_mounted(mount_dir.path)
+    assert desfs("umount", tmp_path / "link").returncode == 0
+    assert not servers.is_mounted(mount_dir.path)
 
 
 def test_missing_arguments_are_a_usage_error(store: Path) -> None:

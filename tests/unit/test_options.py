@@ -64,7 +64,7 @@ def test_an_unknown_option_without_a_neighbour_is_named_alone() -> None:
 
 def test_flags_take_no_value_and_settings_need_one() -> None:
     assert parsed("strict,allow_other=false") == {"strict": "true", "allow_other": "false"}
-    with pytest.raises(UsageError, match="mount option allow_other: found .*, want nothing, true or false"):
+    with pytest.raises(UsageError, match=r"mount option allow_other: found .*, want nothing, true or false"):
         parsed("allow_other=maybe")
     with pytest.raises(UsageError, match="refresh needs a value"):
         parsed("refresh")
