@@ -295,7 +295,8 @@ def test_an_interrupted_command_says_nothing(s3: S3Server, tmp_path: Path) -> No
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with subprocess.Popen(
-            [PROGRAM, "ls", "s3://bucket/p"],
+            # A shell lets what it starts in the background ignore SIGINT.
+            ["env", "--default-signal=INT", PROGRAM, "ls", "s3://bucket/p"],
             env=os.environ | s3.environ(endpoint_url=endpoint),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
