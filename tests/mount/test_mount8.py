@@ -109,8 +109,9 @@ def test_mount_a_mounts_each_line_once(inside: Namespace) -> None:
     lines.append("file:///opt/store/plain /mnt/two desfs ro,noauto 0 0")
     fstab = inside.write("fstab-all", "\n".join(lines) + "\n")
     inside.run("mkdir", "-p", "/mnt/two")
-    for _ in range(2):
-        fine(inside, "mount", "-a", "-T", fstab)
+    environments: tuple[dict[str, str] | None, ...] = ({}, None)  # as at boot, and from a shell
+    for env in environments:
+        fine(inside, "/usr/bin/mount", "-a", "-T", fstab, env=env)
         assert inside.run("findmnt", "--mountpoint", "/mnt/two").returncode == 1  # noauto
     assert len(mounts_of(inside, "/mnt/des")) == 1
     check(inside, "/mnt/des", "/opt/store/plain")
