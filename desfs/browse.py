@@ -7,19 +7,20 @@ containers, same checks.
 from __future__ import annotations
 
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import trio
 
 from des_format.errors import DesFormatError
 from des_format.shards import CONTAINER_SUFFIX
+from desfs.entries import Attributes
 from desfs.errors import DesfsError, NoSuchObject, NoSuchPath, NotADirectory
-from desfs.fs import Attributes, FileSystem
+from desfs.fs import FileSystem
 from desfs.inode import ROOT, InodeNumber, split_file_inode
 from desfs.settings import MountSettings
-from desfs.store.base import Answer, CopyRange, Listing, Store
+from desfs.store.base import Listing, Store
+from desfs.store.delegating import Delegating
 from desfs.store.url import open_store, split_place
 from desfs.tasks import first_of
 
@@ -140,16 +141,12 @@ def open_place(place: str, settings: MountSettings) -> tuple[Store, str]:
     return alone, key.rpartition("/")[0] or key.removesuffix(CONTAINER_SUFFIX)
 
 
-class OneContainer:
+class OneContainer(Delegating):
     """A store in which nothing is listed but one container; what it names beside itself is there. See Store."""
 
     def __init__(self, store: Store, key: str) -> None:
-        self._store = store
+        super().__init__(store)
         self._key = key
-
-    @property
-    def url(self) -> str:
-        return self._store.url
 
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
         below, slash, _ = self._key.removeprefix(prefix).partition("/")
@@ -159,21 +156,3 @@ class OneContainer:
             return Listing((), (f"{prefix}{below}/",))
         objects = self._store.list(self._key, delimiter=True).objects
         return Listing(tuple(info for info in objects if info.key == self._key), ())
-
-    def get_range(self, key: str, start: int, stop: int, *, if_match: str | None = None) -> Answer:
-        return self._store.get_range(key, start, stop, if_match=if_match)
-
-    def get_tail(self, key: str, length: int) -> Answer:
-        return self._store.get_tail(key, length)
-
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = True) -> str:
-        return self._store.put(key, source, if_absent=if_absent)
-
-    def delete(self, key: str) -> None:
-        self._store.delete(key)
-
-    def copy_ranges(self, key: str, pieces: Sequence[bytes | CopyRange], *, if_absent: bool = True) -> str:
-        return self._store.copy_ranges(key, pieces, if_absent=if_absent)
-
-    def close(self) -> None:
-        self._store.close()

@@ -43,7 +43,7 @@ _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# A cache of desfs: nothin
 _HIGH, _LOW = 15 / 16, 14 / 16  # of the limit: room is made above the one, down to the other
 _LOOK = 32  # all files are looked at when a process has written so small a part of the limit
 _SHRINK = 3 / 4  # of what is there, when the disk is full in spite of all
-_FREE = 0.05  # of the disk that stays free
+FREE_FRACTION = 0.05  # of the disk that stays free
 _RETRY_S = 60.0  # how long the folder is left alone after it failed
 _COUNT_S = 0.5  # how long a put waits for the first look at all files: so long it takes with 100,000 of them
 _WARN_S = 3600.0  # how long a disk that is full again and again is not warned of again
@@ -81,7 +81,7 @@ class CacheFolder:
         """
         self.path = os.path.abspath(folder)
         self.max_bytes = max_bytes
-        self.free_fraction = _FREE
+        self.free_fraction = FREE_FRACTION
         self._about = f"cache_dir {self.path}"
         self._base = os.path.join(self.path, LAYOUT)
         self._problems = problems

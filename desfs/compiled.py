@@ -32,8 +32,8 @@ from des_format.meta import MetaColumns
 from desfs import metrics
 from desfs.cache_folder import INDEX, CacheFolder, disk_size
 from desfs.disk_cache import ObjectVersion, identity
+from desfs.folders import Folders
 from desfs.mapped import map_file, release_pages
-from desfs.tree import Folders
 
 _HEADER = Struct("<8s16sQ")  # magic, checksum, bytes of the table
 _CHECKED = 24  # the first byte that the checksum covers

@@ -19,8 +19,8 @@ from desfs.blocks import Blocks
 from desfs.compiled import Compiled, CompiledIndexes
 from desfs.disk_cache import ObjectVersion
 from desfs.errors import BadAnswer, NoSuchObject
+from desfs.folders import Folders
 from desfs.store.base import Answer, ObjectInfo, Store
-from desfs.tree import Folders
 
 # Index and META take about 230 bytes a file: a thirty-second of a container holds them for files of 8 KiB, and reads at
 # most 3 % too much. Below 256 KiB a GET costs its round trip whatever it brings, above 1 MiB it begins to cost more.

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from desfs.errors import IsADirectory, NoSuchPath
 from desfs.inode import CONTROL_DIRECTORY, CONTROL_FILES, InodeNumber
 
-CONTROL_NAME = b".desfs"
 _FILES = (b"stats", b"containers", b"problems", b"config")
 
 

@@ -10,10 +10,9 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 import trio
 
@@ -21,8 +20,9 @@ from des_format.meta import NO_MODE, NO_TIME
 from desfs import metrics
 from desfs.caches import Caches
 from desfs.container import OpenContainer
-from desfs.control import CONTROL_NAME, ControlDirectory
+from desfs.control import ControlDirectory
 from desfs.day import DayView, File
+from desfs.entries import COLUMNS, Attributes, EntryPage
 from desfs.errors import (
     IsADirectory,
     NoSuchAttribute,
@@ -41,6 +41,7 @@ from desfs.inode import (
     is_directory_inode,
     split_file_inode,
 )
+from desfs.layout import CONTROL_NAME
 from desfs.levers import LEVERS
 from desfs.moves import Moves, refreshed
 from desfs.prefetch import DayShape, Prefetcher
@@ -73,35 +74,6 @@ _FORGETTING = 8  # at a time
 _DEFAULT_FILE_MODE = 0o644
 _MAX_SIZE = 2**63 - 1  # what stat can show; a damaged entry may claim more
 _DIRECTORY_MODE = 0o755
-
-
-class Attributes(NamedTuple):
-    """What stat shows. `mode` has the file type; `timeout_s` is how long the kernel may keep name and attributes."""
-
-    inode: InodeNumber
-    mode: int
-    size: int
-    mtime_ns: int
-    timeout_s: float
-
-
-class EntryPage(NamedTuple):
-    """Names of a directory, one behind another, and a column for each of COLUMNS: i64[5, n]. Behind a cookie the
-    listing goes on; `mode`, `size` and `mtime_ns` are what stat shows. `timeout_s` holds for all."""
-
-    names: list[bytes]
-    columns: npt.NDArray[np.int64]
-    timeout_s: float
-
-    @classmethod
-    def of(cls, entries: Sequence[tuple[int, bytes, Attributes]]) -> EntryPage:
-        """A page of (cookie, name, attributes), at least one, which share their time-out."""
-        rows = [(cookie, each.inode, each.mode, each.size, each.mtime_ns) for cookie, _, each in entries]
-        timeout_s = min(each.timeout_s for _, _, each in entries)
-        return cls([name for _, name, _ in entries], np.array(rows, np.int64).T.copy(), timeout_s)
-
-
-COLUMNS = ("cookie", "inode", "mode", "size", "mtime_ns")
 
 
 class KernelCache(Protocol):
@@ -215,7 +187,7 @@ class FileSystem:
     async def lookup(self, parent: int, name: bytes) -> Attributes:
         """The entry `name` of a directory. Raises: NoSuchPath, NotADirectory; StoreError."""
         if parent == ROOT:
-            if name == CONTROL_NAME:
+            if name == CONTROL_NAME.encode():
                 return self._control_attributes(CONTROL_DIRECTORY)
             day = await self._day(name)
             if day.is_open:

@@ -6,6 +6,7 @@ import msgspec
 
 from des_format.shards import MAX_SHARD_BITS, hex_group, placement_shard, shard_hex
 
+CONTROL_NAME = ".desfs"  # of a mount's control directory: a container of that name is not shown
 LAYOUT_KEY = ".desfs.json"
 LAYOUT_LIMIT = 64 * 1024  # bytes; it has a few dozen
 

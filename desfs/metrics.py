@@ -102,3 +102,15 @@ def snapshot() -> dict[str, float]:
             if not sample.name.endswith(("_created", "_bucket")):
                 values[".".join((sample.name, *sample.labels.values()))] = sample.value
     return values
+
+
+def puts() -> int:
+    """Requests that stored something, each try counted."""
+    kinds = ("put", "put_part")
+    return int(
+        sum(
+            value
+            for name, value in snapshot().items()
+            if name.startswith("desfs_store_requests_total.") and name.split(".")[1] in kinds
+        )
+    )

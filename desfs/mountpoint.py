@@ -55,7 +55,7 @@ def check_mountpoint(path: str) -> str:
 
     Raises: UsageError naming what is wrong.
     """
-    absolute = _real(path)
+    absolute = real_place(path)
     mounted = mounted_at(absolute)
     if mounted is not None and mounted.fs_type == "autofs":
         # An automount unit's, for us to cover. statfs(2) would wait for the mount that we are about to make.
@@ -116,7 +116,7 @@ def place_of(mount_id: int) -> str | None:
     return found if top is not None and top.mount_id == mount_id else None
 
 
-def _real(path: str) -> str:
+def real_place(path: str) -> str:
     """The path without symbolic links, but for its last component: that may be a dead mount, which nothing can look
     at."""
     folder, name = os.path.split(os.path.abspath(path))
@@ -128,7 +128,7 @@ def unmount(path: str, *, lazy: bool = False, limit_s: float = _UNMOUNT_TIMEOUT_
 
     Raises: DesfsError with the tool's message.
     """
-    place = _real(path)
+    place = real_place(path)
     if mounted_at(place) is None and os.path.islink(place):
         place = os.path.realpath(place)
     if mounted_at(place) is None:

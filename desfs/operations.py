@@ -18,8 +18,9 @@ import structlog
 
 from des_format.errors import DesFormatError
 from desfs import metrics
+from desfs.entries import Attributes, EntryPage
 from desfs.errors import DesfsError, NoSuchPath, ReadOnlyMount, errno_of
-from desfs.fs import FOREVER_S, Attributes, EntryPage, FileSystem
+from desfs.fs import FOREVER_S, FileSystem
 from desfs.inode import NOTHING, ROOT, InodeNumber
 from desfs.levers import LEVERS
 from desfs.push import LeverQueue, PageQueue, PlainQueue

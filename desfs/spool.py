@@ -40,6 +40,7 @@ import structlog
 from des_format.errors import InvalidEntryName
 from des_format.names import MAX_PATH, check_writable
 from desfs.errors import DesfsError, UsageError
+from desfs.file_lease import lease_is_broken, take_lease
 
 log = structlog.get_logger(__name__)
 
@@ -62,10 +63,6 @@ Effect = Callable[[str], None]
 
 class FileChanged(DesfsError):
     """A claimed file was written to, or is about to be: it goes back."""
-
-
-class LeaseRefused(DesfsError):
-    """The kernel gives leases on a file to its owner and to holders of CAP_LEASE alone (fcntl(2))."""
 
 
 class Kind(Enum):
@@ -466,41 +463,6 @@ def _rename_to_free_name(source: Path, name: str, folder: int) -> None:
         raise OSError(number, os.strerror(number), os.fspath(source))
     os.link(source, name, dst_dir_fd=folder, follow_symlinks=False)  # a file system without RENAME_NOREPLACE
     os.unlink(source)
-
-
-def take_lease(descriptor: int) -> bool:
-    """A read lease on an open file: False when somebody has it open for writing. It goes with the descriptor.
-
-    File systems without leases (NFS, some FUSE) are trusted by the settle time alone. Raises: LeaseRefused where
-    nothing can tell whether somebody writes.
-    """
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError as error:
-        if error.errno == errno.EAGAIN:
-            return False
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise LeaseRefused(
-                "whether a writer holds it open cannot be told: run the packer as its owner, as root, or with CAP_LEASE"
-            ) from error
-        if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    return True
-
-
-def lease_is_broken(descriptor: int) -> bool:
-    """True if a writer has asked for the file since the lease was taken."""
-    # F_GETLEASE gives what the lease will be when the break is done: F_UNLCK while a writer waits (fcntl(2)). Without
-    # a lease it is F_UNLCK as well: FileState tells then.
-    return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) == fcntl.F_UNLCK and _leases_work(descriptor)
-
-
-def _leases_work(descriptor: int) -> bool:
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError as error:
-        return error.errno == errno.EAGAIN
-    return False
 
 
 def _remove_empty(folder: Path) -> None:

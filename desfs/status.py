@@ -30,7 +30,7 @@ from des_format.shards import CONTAINER_SUFFIX, SEALED, is_day, parse_container_
 from desfs.errors import DesfsError, StoreError, UsageError
 from desfs.hanging import Call, Outcome, look
 from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
-from desfs.mountpoint import FS_TYPE, Mounted, mounted_at
+from desfs.mountpoint import FS_TYPE, Mounted, mounted_at, real_place
 from desfs.spool import INTERNAL, TEMPORARY_PATTERNS, is_temporary
 from desfs.store import ObjectInfo, Store
 
@@ -69,10 +69,10 @@ def place_of(text: str, *, limit_s: float) -> Place:
     path = os.path.abspath(text)
     (above,) = look([Call("stat", os.path.dirname(path))], limit_s=limit_s)
     if above.value is not None:
-        path = _real(path)
+        path = real_place(path)
     mounted = mounted_at(path)
     if mounted is None and above.value is not None and os.path.islink(path):
-        path = _real(os.path.join(os.path.dirname(path), os.readlink(path)))
+        path = real_place(os.path.join(os.path.dirname(path), os.readlink(path)))
         mounted = mounted_at(path)
     if mounted is not None and mounted.fs_type == FS_TYPE:
         return Place("mount", path, mounted)
@@ -106,12 +106,6 @@ def place_of(text: str, *, limit_s: float) -> Place:
         f"{text}: nothing of desfs is mounted there, and it is no spool (no {INTERNAL}/claims) and no store (no "
         f"{LAYOUT_KEY}, no days, no containers)"
     )
-
-
-def _real(path: str) -> str:
-    """The path without symbolic links, but for its last component: that may be a mount, which may hang."""
-    folder, name = os.path.split(path.rstrip("/") or "/")
-    return os.path.join(os.path.realpath(folder), name)
 
 
 # --- a mount -----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import name_problem
 from des_format.shards import CONTAINER_SUFFIX, is_day, parse_container_name
 from desfs.errors import AccessDenied, DeadlineExceeded, NoSuchObject, ObjectReplaced, StoreError
-from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
+from desfs.layout import CONTROL_NAME, LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.store.base import ObjectInfo, Store
 from desfs.verify_container import ContainerCheck, Finding, Report
 from desfs.verify_index import Kind
@@ -41,7 +41,6 @@ _ROUNDS = 3  # listings, while containers change
 _GIVE_UP = 2 * AT_A_TIME
 _NAMED = 100  # objects that are no containers, of one reason; the others are counted
 _LIKE_A_DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
-_CONTROL = ".desfs"  # the control directory of a mount hides what has its name
 
 
 @dataclass(slots=True)
@@ -95,7 +94,7 @@ def sort_objects(objects: Iterable[ObjectInfo]) -> Contents:
                 continue
             contents.containers.append(info)
             shown_as = folders[0] if folders else name.removesuffix(CONTAINER_SUFFIX)
-            if shown_as == _CONTROL:
+            if shown_as == CONTROL_NAME:
                 contents.findings.append(
                     _about(info.key, "warning", "is never shown: its name is that of the control directory")
                 )

@@ -17,7 +17,7 @@ from desfs.container import LoadedContainer, OpenContainer, load_container
 from desfs.day import OPENED_AT_A_TIME, DayView
 from desfs.errors import NoSuchObject, NoSuchPath, StoreError
 from desfs.inode import Slots
-from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
+from desfs.layout import CONTROL_NAME, LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.problems import Problems
 from desfs.store.base import ObjectInfo, Store
 from desfs.store_threads import StoreThreads
@@ -83,7 +83,7 @@ class Views:
             names: dict[str, RootEntry] = {}
             for name in sorted(prefixes | objects):
                 problem = name_problem(name.encode("utf-8", "surrogateescape"))
-                if problem is None and name != ".desfs":
+                if problem is None and name != CONTROL_NAME:
                     ordinal = self._root_ordinals.setdefault(name, len(self._root_ordinals) + 1)
                     names[name] = RootEntry(ordinal, name in prefixes, name in objects)
                 elif name in objects:

@@ -21,10 +21,12 @@ def main() -> None:
             _main()
         finally:
             sys.stdout.flush()
-    except OSError as error:  # commands name those of files; these are of standard output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
+    except OSError as error:
+        if error.filename is not None:
+            print(f"desfs: {error.filename}: {error.strerror}", file=sys.stderr)
+        elif not isinstance(error, BrokenPipeError):  # whoever reads has had enough: no error, but no success
             print(f"desfs: standard output: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

@@ -15,7 +15,6 @@ With `--json`, `ls` and `stat` print an object a line, with these keys; more may
 from __future__ import annotations
 
 import json as jsons
-import os
 import stat as modes
 import sys
 from collections.abc import Awaitable, Callable
@@ -26,11 +25,11 @@ import msgspec
 
 from des_format.errors import DesFormatError
 from desfs.browse import Browser, browse
-from desfs.cli.exits import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, fail, printable, survive_names
+from desfs.cli.exits import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, fail, printable
+from desfs.cli.setup import set_up
+from desfs.entries import Attributes
 from desfs.errors import DesfsError, IsADirectory, UsageError
-from desfs.fs import Attributes
-from desfs.logs import configure_logs
-from desfs.settings import MountSettings, load_settings
+from desfs.settings import MountSettings
 
 _XATTRS = {"user.des.id": "id", "user.mime_type": "mime_type", "user.sha256": "sha256"}
 _META = "user.des.meta"
@@ -39,9 +38,7 @@ _META = "user.des.meta"
 def with_browser(store: str, options: dict[str, Any], main: Callable[[Browser], Awaitable[int]]) -> int:
     """Run a command over a store; its exit status, or that of what kept it from running."""
     try:
-        settings = load_settings(MountSettings, options, lambda name: f"--{name.replace('_', '-')}")
-        configure_logs(settings if "log_level" in settings.model_fields_set else _quiet(settings))
-        survive_names()
+        settings = set_up(MountSettings, options)
         return browse(store, settings, main)
     except UsageError as error:
         return fail(error, EXIT_USAGE)
@@ -49,16 +46,6 @@ def with_browser(store: str, options: dict[str, Any], main: Callable[[Browser], 
         return fail(error, EXIT_FAILURE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except OSError as error:  # of standard output: the store's are DesfsErrors
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever reads has had enough: no error, but no success
-            return EXIT_FAILURE
-        return fail(f"standard output: {error.strerror}", EXIT_FAILURE)
-
-
-def _quiet(settings: MountSettings) -> MountSettings:
-    """A command says by itself what fails: no log lines between its own, unless somebody wants them."""
-    return settings.model_copy(update={"log_level": "error"})
 
 
 def ls(

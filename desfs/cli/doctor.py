@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import io
 import json as jsons
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail, one_line
+from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail, one_line, printable
+from desfs.cli.setup import set_up
 from desfs.doctor import EACH_S, Finding, State, examine
 from desfs.errors import UsageError
-from desfs.logs import configure_logs
-from desfs.settings import MountSettings, load_settings
+from desfs.settings import MountSettings
 
 _NAME_WIDTH = 14
 _STATE_WIDTH = len(State.WARNING.value)
@@ -38,10 +37,7 @@ def run(source: str | None, directory: str | None, options: dict[str, Any], *, w
         return fail("--write needs a SOURCE to write to", EXIT_USAGE)
     findings: Iterator[Finding]
     try:
-        settings = load_settings(MountSettings, options, lambda name: f"--{name.replace('_', '-')}")
-        # A command says by itself what fails: no log lines between its own, unless somebody wants them.
-        wants_log = "log_level" in settings.model_fields_set
-        configure_logs(settings if wants_log else settings.model_copy(update={"log_level": "error"}))
+        settings = set_up(MountSettings, options)
     except UsageError as error:
         if str(error).startswith("--"):
             return fail(error, EXIT_USAGE)
@@ -49,11 +45,7 @@ def run(source: str | None, directory: str | None, options: dict[str, Any], *, w
         findings = _without_settings(str(error), source, directory)
     else:
         findings = examine(source, directory, settings, write=write, each_s=min(EACH_S, settings.deadline))
-    try:
-        return EXIT_FAILURE if _show(findings, json)[State.ERROR] else 0
-    except BrokenPipeError:  # whoever reads has had enough: no error, but no success
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+    return EXIT_FAILURE if _show(findings, json)[State.ERROR] else 0
 
 
 def _without_settings(reason: str, source: str | None, directory: str | None) -> Iterator[Finding]:
@@ -107,19 +99,15 @@ def record(finding: Finding) -> dict[str, str]:
     return {
         "check": finding.check,
         "state": finding.state.value,
-        "found": _printable(finding.found),
-        "remedy": _printable(finding.remedy),
+        "found": printable(one_line(finding.found)),
+        "remedy": printable(one_line(finding.remedy)),
     }
 
 
 def lines(finding: Finding) -> list[str]:
     """A finding as people read it: what was found, and below it what to do."""
-    shown = [f"{finding.state.value:{_STATE_WIDTH}}  {finding.check:{_NAME_WIDTH}}  {_printable(finding.found)}"]
+    found = printable(one_line(finding.found))
+    shown = [f"{finding.state.value:{_STATE_WIDTH}}  {finding.check:{_NAME_WIDTH}}  {found}"]
     if finding.remedy:
-        shown.append(f"{'':{_STATE_WIDTH}}  {'':{_NAME_WIDTH}}  -> {_printable(finding.remedy)}")
+        shown.append(f"{'':{_STATE_WIDTH}}  {'':{_NAME_WIDTH}}  -> {printable(one_line(finding.remedy))}")
     return shown
-
-
-def _printable(text: str) -> str:
-    """A text in one line, whatever a server has sent: on a terminal its control characters would do something."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in one_line(text))

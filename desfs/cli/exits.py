@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 
 EXIT_FAILURE = 1
@@ -26,9 +25,3 @@ def fail(error: object, status: int) -> int:
     """Say in one line on stderr what went wrong; the status."""
     print(f"desfs: {printable(one_line(str(error)))}", file=sys.stderr)
     return status
-
-
-def survive_names() -> None:
-    """Print what the terminal's encoding has no character for as an escape."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")

@@ -17,8 +17,8 @@ from des_format.errors import DesFormatError
 from desfs.browse import Browser
 from desfs.cli.browse import with_browser
 from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail
+from desfs.entries import Attributes
 from desfs.errors import DesfsError
-from desfs.fs import Attributes
 
 _BATCH = 4 * 1024 * 1024  # bytes of small files that a thread writes while the next ones come
 _BATCH_FILES = 256

@@ -24,6 +24,7 @@ def run(
 ) -> int:
     """Import the paths into the store; the exit status."""
     from des_format.errors import DesFormatError
+    from desfs.cli.setup import option_name
     from desfs.imports.run import Summary, choose_day, run_import
     from desfs.logs import configure_logs
     from desfs.settings import ImportSettings, load_settings
@@ -31,7 +32,7 @@ def run(
     summary = Summary()
     failure: str | None = None
     try:
-        settings = load_settings(ImportSettings, options, lambda name: f"--{name.replace('_', '-')}")
+        settings = load_settings(ImportSettings, options, option_name)
         days = choose_day(day, day_from, settings.timezone)
         configure_logs(settings)
         with _progress(sys.stderr.isatty()) as progress:
@@ -60,8 +61,10 @@ def run(
 
 def describe(summary: Summary) -> str:
     """One line about what an import has done."""
+    from desfs import metrics
+
     imported = f"imported {summary.files} files ({summary.bytes} bytes)"
-    parts = [f"{imported} into {summary.containers} containers with {_puts()} PUTs"]
+    parts = [f"{imported} into {summary.containers} containers with {metrics.puts()} PUTs"]
     report = summary.report
     if summary.external:
         parts.append(f"{summary.external} of them stored as objects of their own")
@@ -78,11 +81,13 @@ def describe(summary: Summary) -> str:
 def as_object(summary: Summary, failure: str | None = None) -> dict[str, Any]:
     """The same for programs."""
     report = summary.report
+    from desfs import metrics
+
     return {
         "files": summary.files,
         "bytes": summary.bytes,
         "containers": summary.containers,
-        "puts": _puts(),
+        "puts": metrics.puts(),
         "external": summary.external,
         "days": [day.isoformat() for day in sorted(summary.days)],
         "skipped": {kind.plural: count for kind, count in report.skipped.items()},
@@ -90,18 +95,6 @@ def as_object(summary: Summary, failure: str | None = None) -> dict[str, Any]:
         "refused": report.refused,
         "failures": [*map(one_line, report.failures), *([] if failure is None else [failure])],
     }
-
-
-def _puts() -> int:
-    from desfs import metrics
-
-    return int(
-        sum(
-            value
-            for name, value in metrics.snapshot().items()
-            if name.startswith("desfs_store_requests_total.") and name.split(".")[1] in ("put", "put_part")
-        )
-    )
 
 
 @contextmanager

@@ -20,12 +20,13 @@ def run(spool: str, store: str, once: bool, options: dict[str, Any]) -> int:
     """Run a packer; the exit status."""
     from assignment.client import AssignmentError, InvalidRequest
     from des_format.errors import DesFormatError
+    from desfs.cli.setup import option_name
     from desfs.logs import configure_logs
     from desfs.packer.run import run_packer
     from desfs.settings import PackerSettings, load_settings
 
     try:
-        settings = load_settings(PackerSettings, options, lambda name: f"--{name.replace('_', '-')}")
+        settings = load_settings(PackerSettings, options, option_name)
     except UsageError as error:
         return fail(error, EXIT_USAGE)
     try:
@@ -46,14 +47,8 @@ def describe(summary: Summary) -> str:
     """One line about what a packer has done."""
     from desfs import metrics
 
-    counters = metrics.snapshot()
-    puts = sum(
-        value
-        for name, value in counters.items()
-        if name.startswith("desfs_store_requests_total.") and name.split(".")[1] in ("put", "put_part")
-    )
     packed = f"packed {summary.files} files ({summary.bytes} bytes)"
-    parts = [f"{packed} into {summary.containers} containers with {puts:.0f} PUTs"]
+    parts = [f"{packed} into {summary.containers} containers with {metrics.puts()} PUTs"]
     if summary.external:
         parts.append(f"{summary.external} of them stored as objects of their own")
     if summary.rejected:

@@ -18,9 +18,10 @@ from typing import Any
 
 from des_format.shards import is_day
 from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail, printable
+from desfs.cli.setup import set_up
 from desfs.errors import DesfsError, UsageError
-from desfs.logs import configure_logs
-from desfs.settings import StoreSettings, load_settings
+from desfs.settings import StoreSettings
+from desfs.sizes import format_size
 from desfs.status import (
     MountStatus,
     NotServed,
@@ -44,10 +45,7 @@ Status = MountStatus | SpoolStatus | StoreStatus
 def run(place: str, options: dict[str, Any], *, json: bool) -> int:
     """Look, and print what is there; the exit status."""
     try:
-        settings = load_settings(StoreSettings, options, lambda name: f"--{name.replace('_', '-')}")
-        # A command says by itself what fails: no log lines between its own, unless somebody wants them.
-        wants_log = "log_level" in settings.model_fields_set
-        configure_logs(settings if wants_log else settings.model_copy(update={"log_level": "error"}))
+        settings = set_up(StoreSettings, options)
         limit_s = min(_LIMIT_S, settings.deadline)
         status = _look(place_of(place, limit_s=limit_s), settings, limit_s)
     except UsageError as error:
@@ -58,11 +56,7 @@ def run(place: str, options: dict[str, Any], *, json: bool) -> int:
         return fail(error, EXIT_FAILURE)
     except (DesfsError, OSError) as error:
         return fail(error, EXIT_FAILURE)
-    try:
-        _print(status, json=json)
-    except BrokenPipeError:  # whoever reads has had enough: no error, but no success
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+    _print(status, json=json)
     return 0
 
 
@@ -115,7 +109,7 @@ def mount_lines(status: MountStatus) -> list[tuple[str, str]]:
         ),
         (
             "open containers",
-            f"{_many(status.open_containers['files'], 'file')}, {_size(status.open_containers['bytes'])}",
+            f"{_many(status.open_containers['files'], 'file')}, {format_size(status.open_containers['bytes'])}",
         ),
     ]
     if status.requests is not None:
@@ -128,15 +122,17 @@ def mount_lines(status: MountStatus) -> list[tuple[str, str]]:
     lines += [
         ("store requests", _counts(status.store_requests)),
         ("of these", f"{status.store_failures:,} without success, {status.store_retries:,} tried again"),
-        ("bytes", f"{_size(status.bytes['received'])} received"),
+        ("bytes", f"{format_size(status.bytes['received'])} received"),
         *((f"cache {name}", _ratio(each)) for name, each in status.caches.items()),
     ]
     if status.disk_cache is not None:
         disk = status.disk_cache
         fault = f"; off: {disk['fault']}" if disk.get("fault") else ""
-        lines.append(("disk cache", f"{disk['folder']}: {_size(disk['bytes'])} of {_size(disk['max_bytes'])}{fault}"))
+        held = f"{format_size(disk['bytes'])} of {format_size(disk['max_bytes'])}"
+        lines.append(("disk cache", f"{disk['folder']}: {held}{fault}"))
     prefetch = status.prefetch
     levers = status.levers.get("why_not")
+    speed = format_size(int(status.link["bandwidth"]))
     lines += [
         (
             "prefetch",
@@ -147,7 +143,7 @@ def mount_lines(status: MountStatus) -> list[tuple[str, str]]:
         ),
         (
             "link",
-            f"{status.link['latency_s'] * 1000:.1f} ms to the first byte, {_size(int(status.link['bandwidth']))}/s",
+            f"{status.link['latency_s'] * 1000:.1f} ms to the first byte, {speed}/s",
         ),
         ("levers", "in force" if status.levers.get("in_force") else f"not in force: {levers}"),
         ("problems", f"{status.problems['count']:,}"),
@@ -159,20 +155,21 @@ def spool_lines(status: SpoolStatus) -> list[tuple[str, str]]:
     """What waits in a spool, a line for each thing."""
     waiting, claimed, packer = status.waiting, status.claimed, status.packer
     oldest_s = waiting["oldest_seconds"]
-    text = f"{_many(waiting['files'], 'file')}, {_size(int(waiting['bytes'] or 0))}"
+    text = f"{_many(waiting['files'], 'file')}, {format_size(int(waiting['bytes'] or 0))}"
     if oldest_s is not None:
         text += f"; the oldest for {_duration(oldest_s)}"
     if status.temporary:
         text += f"; {status.temporary:,} with temporary names"
     running = {True: "at work", False: "none at work", None: "cannot be told: it may be in another container"}
     rejected = status.rejected
+    held = format_size(claimed["bytes"])
     return [
         ("spool", status.place),
         ("packer", running[packer["running"]] + (f", process {packer['pid']}" if packer["pid"] else "")),
         ("waiting", text),
         (
             "claimed",
-            f"{_many(claimed['files'], 'file')}, {_size(claimed['bytes'])}, in {_many(claimed['batches'], 'batch')}",
+            f"{_many(claimed['files'], 'file')}, {held}, in {_many(claimed['batches'], 'batch')}",
         ),
         ("put aside", f"{rejected['count']:,} in {os.path.join(status.place, '.desfs', 'rejected')}"),
         *(("", f"{each['file']}: {each['reason']}") for each in rejected["first"]),
@@ -196,10 +193,10 @@ def store_lines(status: StoreStatus) -> list[tuple[str, str]]:
         ("names", f"{len(status.days):,}, {days:,} of them days"),
         (
             "containers",
-            f"{total.containers:,}, {_size(total.bytes)}: {total.sealed:,} sealed, {_many(total.parts, 'part')}",
+            f"{total.containers:,}, {format_size(total.bytes)}: {total.sealed:,} sealed, {_many(total.parts, 'part')}",
         ),
-        ("large files", f"{_many(total.external, 'object')} of their own, {_size(total.external_bytes)}"),
-        ("foreign", f"{_many(foreign['count'], 'object')} that a mount does not show, {_size(foreign['bytes'])}"),
+        ("large files", f"{_many(total.external, 'object')} of their own, {format_size(total.external_bytes)}"),
+        ("foreign", f"{_many(foreign['count'], 'object')} that a mount does not show, {format_size(foreign['bytes'])}"),
         *(("", each) for each in foreign["first"]),
     ]
 
@@ -212,9 +209,9 @@ def day_rows(status: StoreStatus) -> list[Sequence[str]]:
             f"{each.containers:,}",
             f"{each.sealed:,}",
             f"{each.parts:,}",
-            _size(each.bytes),
+            format_size(each.bytes),
             f"{each.external:,}",
-            _size(each.external_bytes),
+            format_size(each.external_bytes),
             f"{datetime.fromtimestamp(each.newest, UTC):%Y-%m-%d %H:%M:%S}",
         )
         for each in (*status.days[:_DAYS], status.total)
@@ -277,15 +274,6 @@ def _ratio(each: dict[str, int]) -> str:
     asked = each["hits"] + each["misses"]
     share = f" ({each['hits'] / asked:.0%})" if asked else ""
     return f"{each['hits']:,} hits{share}, {each['misses']:,} misses"
-
-
-def _size(size: int) -> str:
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024 or unit == "TiB":
-            break
-        amount /= 1024
-    return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"
 
 
 def _duration(seconds: float) -> str:

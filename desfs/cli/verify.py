@@ -28,36 +28,30 @@ Exit status: 0 no damage, 1 not all could be verified, 2 usage, 3 damage, whethe
 from __future__ import annotations
 
 import json as jsons
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from desfs.cli.exits import EXIT_DAMAGE, EXIT_FAILURE, EXIT_USAGE, fail
+from desfs.cli.exits import EXIT_DAMAGE, EXIT_FAILURE, EXIT_USAGE, fail, printable
+from desfs.cli.setup import set_up
 from desfs.errors import DesfsError, UsageError
-from desfs.logs import configure_logs
-from desfs.settings import StoreSettings, load_settings
+from desfs.settings import StoreSettings
+from desfs.sizes import format_size
 from desfs.store.url import open_store, split_place
 from desfs.verify import Finding, Summary, Verification
 
 _PREFIXES = {"damage": "", "warning": "warning: ", "unverified": "not verified: "}
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def run(store: str, options: dict[str, Any], *, json: bool) -> int:
     """Verify a store or a container; the exit status."""
     unread: list[Finding] = []
     try:
-        settings = load_settings(StoreSettings, options, lambda name: f"--{name.replace('_', '-')}")
-        if "log_level" not in settings.model_fields_set:
-            # What fails is said in a line of its own: no log between the lines, unless somebody wants it.
-            settings = settings.model_copy(update={"log_level": "error"})
-        configure_logs(settings)
+        settings = set_up(StoreSettings, options)
         root, key = split_place(store)
         with closing(open_store(root, settings.s3_options(), deadline_s=settings.deadline)) as opened:
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
             with _display(sys.stderr.isatty()) as display:
 
                 def found(finding: Finding) -> None:
@@ -73,9 +67,6 @@ def run(store: str, options: dict[str, Any], *, json: bool) -> int:
         return fail(error, EXIT_USAGE)
     except DesfsError as error:
         return fail(error, EXIT_FAILURE)
-    except BrokenPipeError:  # whoever reads has had enough: no error, but no success
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_FAILURE
     if unread:
         fail(f"not all could be verified: {format_finding(unread[0])}", EXIT_FAILURE)
     return EXIT_DAMAGE if summary.is_damaged else EXIT_FAILURE if summary.unverified else 0
@@ -105,16 +96,6 @@ def describe(summary: Summary) -> str:
     return "; ".join(parts)
 
 
-def format_size(size: int) -> str:
-    """Bytes in decimal units, with three digits at most."""
-    value = float(size)
-    for unit in _UNITS[:-1]:
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.3g} {_UNITS[-1]}"
-
-
 def format_finding(finding: Finding) -> str:
     """One line about a finding, printable whatever is in its names."""
     parts = [_PREFIXES[finding.kind] + finding.problem]
@@ -123,7 +104,7 @@ def format_finding(finding: Finding) -> str:
     if finding.container:
         parts.insert(0, finding.container)
     line = ": ".join(parts)
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+    return printable(line)
 
 
 def _counted(count: int, one: str, many: str = "") -> str:

@@ -21,8 +21,10 @@ from typing import Any
 
 from desfs.doctor.finding import Finding, State, error, ok, skipped, warning
 from desfs.errors import DesfsError
+from desfs.fuse_options import fuse_options
 from desfs.mountpoint import FUSE_CONF, mounted_at, unmount, user_allow_other
 from desfs.settings import MountSettings, unknown_variables
+from desfs.sizes import format_size
 
 _DEVICE = "/dev/fuse"
 _DEVICE_NUMBERS = (10, 229)  # Linux, Documentation/admin-guide/devices.txt
@@ -164,9 +166,8 @@ def check_helper(path: str | None, *, is_root: bool) -> Finding:
 def check_trial(device: Finding, settings: MountSettings | None) -> Iterator[Finding]:
     """Mount for a moment what nobody sees, or in a new directory: libfuse, the levers, and whether it works at all."""
     levers = "auto" if settings is None else settings.levers
-    options = {"ro", "nosuid", "nodev", "default_permissions", "fsname=desfs-doctor", "subtype=desfs"}
-    if settings is not None and settings.allow_other:
-        options.add("allow_other")
+    changes = {"fsname": "desfs-doctor", "auto_unmount": False}  # it unmounts itself
+    options = {"ro"} if settings is None else fuse_options("", settings.model_copy(update=changes))
     directory = tempfile.mkdtemp(prefix="desfs-doctor-")
     try:
         known, said = _try(directory, levers, options, _TRIAL_S)
@@ -270,7 +271,7 @@ def check_memory(setting: int) -> Finding:
     """Whether there is as much memory as a mount may take."""
     available, why = _memory()
     wanted = setting + _BASE_MEMORY
-    found = f"{_mib(available)} {why}; a mount takes up to {_mib(wanted)}"
+    found = f"{format_size(available)} {why}; a mount takes up to {format_size(wanted)}"
     if wanted <= available:
         return ok("memory", found)
     fitting = max(32, (available - _BASE_MEMORY) // (2 << 20))
@@ -319,7 +320,3 @@ def _process_status(name: str) -> str:
     """A field of /proc/self/status, "" where the kernel does not have it."""
     found = re.search(rf"^{name}:\s*(\S+)", Path("/proc/self/status").read_text(), re.MULTILINE)
     return found[1] if found else ""
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):,.0f} MiB"

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 
+from desfs.cache_folder import FREE_FRACTION
 from desfs.cache_folder import LAYOUT as CACHE_LAYOUT
 from desfs.doctor.contents import (
     CONTENTS_CHECKS,
@@ -24,10 +25,10 @@ from desfs.errors import AccessDenied, NoSuchStore, StoreError, UsageError
 from desfs.hanging import Call, Outcome, look
 from desfs.mountpoint import FS_TYPE, Mounted, mounted_at
 from desfs.settings import MountSettings, StoreSettings
+from desfs.sizes import format_size
 from desfs.store import open_store
 
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)  # the daemon has ended, or is just ending
-_RESERVE = 0.05  # of the disk, that the cache leaves free: desfs.cache_folder
 _REDIS_LIMIT_S = 2.0
 
 
@@ -110,7 +111,8 @@ def judge_users(settings: MountSettings) -> Finding:
 def check_caches(settings: MountSettings, budget: Budget) -> Iterator[Finding]:
     """The caches outside of memory, as the settings say."""
     if settings.cache_dir is None:
-        yield ok("cache_dir", f"none: memory alone, {_gib(settings.memory)}; -o cache_dir=DIR keeps data over restarts")
+        memory = format_size(settings.memory)
+        yield ok("cache_dir", f"none: memory alone, {memory}; -o cache_dir=DIR keeps data over restarts")
     else:
         folder = os.path.abspath(settings.cache_dir)
         above = os.path.dirname(folder)
@@ -173,20 +175,22 @@ def judge_cache(folder: str, folders: list[Outcome], whole: Outcome, writable: O
     if whole.value is None:
         return error("cache_dir", f"{folder}: {whole.reason}", f"df {folder}")
     free, size = whole.value
-    room = free - int(size * _RESERVE)
+    room = free - int(size * FREE_FRACTION)
     if room <= 0:
         return warning(
             "cache_dir",
-            f"{folder}: {_gib(free)} of the disk's {_gib(size)} are free, and a cache keeps off the last 5 %",
+            f"{folder}: {format_size(free)} of the disk's {format_size(size)} are free, and a cache keeps off the last "
+            f"{FREE_FRACTION:.0%}",
             "make room, or use another disk: -o cache_dir=…",
         )
     if room < limit:
         return warning(
             "cache_dir",
-            f"{folder}: room for {_gib(room)}, less than cache_size={_gib(limit)} (what it holds already not counted)",
+            f"{folder}: room for {format_size(room)}, less than cache_size={format_size(limit)} (what it holds already "
+            "not counted)",
             f"make room, or -o cache_size={max(1, room >> 20)}M",
         )
-    return ok("cache_dir", f"{folder}: up to {_gib(limit)}; {_gib(free)} are free")
+    return ok("cache_dir", f"{folder}: up to {format_size(limit)}; {format_size(free)} are free")
 
 
 def check_redis(url: str, budget: Budget) -> Finding:
@@ -224,10 +228,6 @@ def check_redis(url: str, budget: Budget) -> Finding:
     except (redis.RedisError, OSError, TooLate) as failure:
         return warning("redis", f"does not answer: {failure}", remedy)
     return ok("redis", f"Redis {version} answers")
-
-
-def _gib(size: int) -> str:
-    return f"{size / (1 << 30):,.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):,.0f} MiB"
 
 
 # --- a store that is a directory ---------------------------------------------------------------------------------

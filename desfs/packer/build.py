@@ -19,8 +19,9 @@ from des_format.layout import BIG_FILES_FOLDER
 from des_format.names import external_key
 from des_format.writer import DesWriter, ReadableBytes
 from desfs.errors import DesfsError, ObjectExists, StoreError
+from desfs.file_lease import lease_is_broken, take_lease
 from desfs.packer.batch import Cut, Item
-from desfs.spool import FileChanged, FileState, Spool, lease_is_broken, take_lease
+from desfs.spool import FileChanged, FileState, Spool
 from desfs.store.retrying import Retrying
 
 _IN_MEMORY = 4 * 1024 * 1024  # bytes: larger files are streamed

@@ -48,19 +48,19 @@ from des_format.source import DEFAULT_TAIL
 from desfs import metrics
 from desfs.container import StoreSource
 from desfs.errors import DesfsError, ObjectExists, StoreError
+from desfs.file_lease import LeaseRefused
 from desfs.layout import Layout
 from desfs.packer.batch import Cut, Item, cut
 from desfs.packer.build import Builder, Built
 from desfs.packer.journal import VERSION, Journal, JournalContainer, JournalFile, new_batch_name
+from desfs.packer.leases import LeaseBusy, Leases
 from desfs.settings import PackerSettings
-from desfs.spool import FileState, Found, Kind, LeaseRefused, Spool
+from desfs.spool import FileState, Found, Kind, Spool
 from desfs.store.base import ObjectInfo
 from desfs.store.retrying import Retrying
 
 log = structlog.get_logger(__name__)
 
-LEASE_TTL_S = 60.0
-_RENEWALS_PER_TTL = 3
 _ROUNDS = 2  # of --once: what came or changed while the first was packed gets one more chance
 _GRACE_S = 0.5  # beyond the settle time: file times have the grain of the kernel's tick
 _PARALLEL = 4  # containers built and put at a time: two cores' worth of hashing, and uploads beside it
@@ -77,10 +77,6 @@ class Summary:
     rejected: int = 0
     left: dict[str, int] = field(default_factory=dict)
     failures: deque[str] = field(default_factory=lambda: deque(maxlen=100))
-
-
-class LeaseBusy(DesfsError):
-    """Another packer works on the shard: its files wait."""
 
 
 class Packer:
@@ -272,7 +268,7 @@ class Packer:
             await self._settle_journal(batch, old)
         items = await self._plan_items(batch, old)
         if items:
-            async with _Leases(self._client, self._holder) as leases:
+            async with Leases(self._client, self._holder) as leases:
                 await self._publish_items(batch, items, leases)
         await asyncio.to_thread(self._spool.finish, batch)
 
@@ -287,7 +283,7 @@ class Packer:
     async def _settle_journal(self, batch: str, journal: Journal) -> None:
         """Find out on which side of its commit each container of a journal is, and delete the files of those that are
         committed, or can be."""
-        async with _Leases(self._client, self._holder) as leases:
+        async with Leases(self._client, self._holder) as leases:
             for container in journal.containers:
                 record = await self._client.find_container(container.key)
                 if record is None:
@@ -316,7 +312,7 @@ class Packer:
             return False
 
     async def _commit_found(
-        self, batch: str, journal: Journal, container: JournalContainer, info: ObjectInfo, leases: _Leases
+        self, batch: str, journal: Journal, container: JournalContainer, info: ObjectInfo, leases: Leases
     ) -> bool:
         """Commit an object that was put before a crash, if its token is the last that was given for the shard."""
         lease = await leases.of(container.day, container.shard)
@@ -361,7 +357,7 @@ class Packer:
         name = assigned + os.path.splitext(path)[1]
         return name if len(name.encode()) <= MAX_COMPONENT else assigned
 
-    async def _publish_items(self, batch: str, items: list[Item], leases: _Leases) -> None:
+    async def _publish_items(self, batch: str, items: list[Item], leases: Leases) -> None:
         plans: list[tuple[Cut, JournalContainer]] = []
         for plan in cut(
             items,
@@ -398,7 +394,7 @@ class Packer:
         journal: Journal,
         plan: Cut,
         container: JournalContainer,
-        leases: _Leases,
+        leases: Leases,
         limit: asyncio.Semaphore,
     ) -> None:
         async with limit:
@@ -423,7 +419,7 @@ class Packer:
             self._progress(self.summary, -1)
 
     async def _put(
-        self, batch: str, journal: Journal, container: JournalContainer, built: Built, leases: _Leases
+        self, batch: str, journal: Journal, container: JournalContainer, built: Built, leases: Leases
     ) -> str:
         """Put a container, under the next generation if a packer with another catalog has taken its key; the ETag."""
         assert built.path is not None
@@ -532,51 +528,3 @@ def _count_left(found: list[Found]) -> dict[str, int]:
     for each in found:
         left[reasons[each.kind]] = left.get(reasons[each.kind], 0) + 1
     return left
-
-
-class _Leases:
-    """The leases that a batch needs: acquired when asked for, renewed at a third of their time to live, released at the
-    end. One that was lost raises LeaseLost at the commit: the token decides, not this."""
-
-    def __init__(self, client: AssignmentClient, holder: str) -> None:
-        self._client = client
-        self._holder = holder
-        self._leases: dict[tuple[date, str], Lease] = {}
-        self._renewer: asyncio.Task[None] | None = None
-
-    async def of(self, day: date, shard: str) -> Lease:
-        """The lease of a shard. Raises: LeaseBusy."""
-        lease = self._leases.get((day, shard))
-        if lease is None:
-            lease = await self._client.acquire(day, shard, self._holder, LEASE_TTL_S)
-            if lease is None:
-                raise LeaseBusy(f"shard {shard} of {day}: another packer works on it")
-            self._leases[day, shard] = lease
-        return lease
-
-    async def __aenter__(self) -> _Leases:
-        self._renewer = asyncio.create_task(self._renew())
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        assert self._renewer is not None
-        self._renewer.cancel()
-        for lease in self._leases.values():
-            try:
-                await self._client.release(lease)
-            except AssignmentError as error:
-                log.warning("a lease was not released, and will pass", shard=lease.shard, error=str(error))
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(LEASE_TTL_S / _RENEWALS_PER_TTL)
-            for place, lease in list(self._leases.items()):
-                try:
-                    renewed = await self._client.renew(lease, LEASE_TTL_S)
-                except AssignmentError as error:
-                    log.warning("a lease was not renewed", shard=lease.shard, error=str(error))
-                    continue
-                if renewed is None:
-                    log.warning("a lease was lost", shard=lease.shard)
-                else:
-                    self._leases[place] = renewed

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from desfs.store.base import Answer, CopyRange, Listing, Store
+from desfs.store.base import Answer, Store
+from desfs.store.delegating import Delegating
 
 # Until something has been measured: a region's distance, and what one connection brings from there.
 _LATENCY_S = 0.02
@@ -125,19 +125,12 @@ class LinkMeter:
         self._began_s, self._bytes, self._is_new = now, 0, True
 
 
-class Measured:
+class Measured(Delegating):
     """A store whose GETs are measured; else the store inside."""
 
     def __init__(self, store: Store, meter: LinkMeter) -> None:
-        self._store = store
+        super().__init__(store)
         self._meter = meter
-
-    @property
-    def url(self) -> str:
-        return self._store.url
-
-    def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
-        return self._store.list(prefix, delimiter=delimiter)
 
     def get_range(self, key: str, start: int, stop: int, *, if_match: str | None = None) -> Answer:
         with self._meter.request() as answered:
@@ -150,15 +143,3 @@ class Measured:
             answer = self._store.get_tail(key, length)
             answered.append(answer)
         return answer
-
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = True) -> str:
-        return self._store.put(key, source, if_absent=if_absent)
-
-    def delete(self, key: str) -> None:
-        self._store.delete(key)
-
-    def copy_ranges(self, key: str, pieces: Sequence[bytes | CopyRange], *, if_absent: bool = True) -> str:
-        return self._store.copy_ranges(key, pieces, if_absent=if_absent)
-
-    def close(self) -> None:
-        self._store.close()

@@ -21,6 +21,7 @@ from desfs.logs import configure_logs
 from desfs.packer.run import run_packer
 from desfs.settings import PackerSettings
 from desfs.store import file, s3  # noqa: F401
+from tests.crash.forking import forked
 
 
 def _pack(order: dict[str, Any], report: int) -> NoReturn:
@@ -57,20 +58,8 @@ def _pack(order: dict[str, Any], report: int) -> NoReturn:
 
 
 def _fork(order: dict[str, Any]) -> dict[str, Any]:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _pack(order, writer)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as lines:
-        effects, _, message = lines.read().partition("\0")
-    _, status = os.waitpid(child, 0)
-    return {
-        "status": os.waitstatus_to_exitcode(status),
-        "effects": effects.splitlines(),
-        "message": message.strip(),
-    }
+    report = forked(lambda writer: _pack(order, writer))
+    return {"status": report.status, "effects": report.effects, "message": report.word.strip()}
 
 
 if __name__ == "__main__":

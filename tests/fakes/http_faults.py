@@ -22,7 +22,6 @@ import hashlib
 import os
 import re
 import socket
-import ssl
 import struct
 import threading
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
+
+from tests.fakes.loopback import Loopback
 
 ERRORS = {
     "503": (503, "SlowDown"),
@@ -110,22 +111,14 @@ class FaultyS3:
 
     def __enter__(self) -> Self:
         self._server = _Server(self, self._asked_port)
-        if self._certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self._certificate)
-            self._server.socket = context.wrap_socket(
-                self._server.socket, server_side=True, do_handshake_on_connect=False
-            )
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="faulty-s3", daemon=True)
-        self._thread.start()
+        self._loopback = Loopback(self._server, "faulty-s3", self._certificate)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._closing.set()
-        self._server.shutdown()
-        self._thread.join()
+        self._loopback.stop()
         self._server.close_connections()
         self._server.server_close()
 

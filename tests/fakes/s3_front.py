@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import re
-import ssl
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qsl, urlsplit
+
+from tests.fakes.loopback import Loopback
 
 _TIMEOUT_S = 60.0
 _HOP_BY_HOP = {"connection", "content-length", "keep-alive", "transfer-encoding"}
@@ -219,21 +220,13 @@ class S3Front:
 
     def __enter__(self) -> Self:
         self._server = _Server(self)
-        if self._certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self._certificate)
-            self._server.socket = context.wrap_socket(
-                self._server.socket, server_side=True, do_handshake_on_connect=False
-            )
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="s3-front", daemon=True)
-        self._thread.start()
+        self._loopback = Loopback(self._server, "s3-front", self._certificate)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._server.shutdown()
-        self._thread.join()
+        self._loopback.stop()
         self._server.server_close()
 
 

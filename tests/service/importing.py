@@ -19,6 +19,7 @@ from desfs.imports.run import Summary, choose_day, run_import
 from desfs.logs import configure_logs
 from desfs.settings import ImportSettings
 from desfs.store import file  # noqa: F401 - imported here, once, for all forks
+from tests.crash.forking import forked
 
 
 def _import(order: dict[str, Any], report: int) -> NoReturn:
@@ -51,19 +52,11 @@ def _import(order: dict[str, Any], report: int) -> NoReturn:
 
 
 def _fork(order: dict[str, Any]) -> dict[str, Any]:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _import(order, writer)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as lines:
-        effects, _, answer = lines.read().partition("\0")
-    _, status = os.waitpid(child, 0)
+    report = forked(lambda writer: _import(order, writer))
     return {
-        "status": os.waitstatus_to_exitcode(status),
-        "effects": effects.splitlines(),
-        "answer": json.loads(answer) if answer else {},
+        "status": report.status,
+        "effects": report.effects,
+        "answer": json.loads(report.word) if report.word else {},
     }
 
 

@@ -2,7 +2,8 @@
 
 Its root is the machine's, but for /etc (a copy), /run, /mnt, /srv, /usr/local/sbin, /var/cache and /var/spool, and for
 the units: it sees no others than those that it is given, so that nothing else starts. The program is in /srv, with the
-interpreter and the modules that run the tests: these may be in /root, where a unit with ProtectHome= finds nothing.
+interpreter and the modules that run the tests: these may be in root's home, where a unit with ProtectHome= finds
+nothing.
 """
 
 from __future__ import annotations

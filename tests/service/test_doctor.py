@@ -146,7 +146,7 @@ def test_a_good_set_up_says_what_will_be_used(url: str, redis: RedisServer, tmp_
     assert "pyfuse3" in said["libfuse"]
     assert said["levers"].startswith("loaded and bound")
     assert said["trial mount"] == "mounted and unmounted"
-    assert f"{tmp_path / 'cache'}: up to 1 MiB" in said["cache_dir"]
+    assert f"{tmp_path / 'cache'}: up to 1.0 MiB" in said["cache_dir"]
     assert said["redis"].endswith("answers")
     assert "AWS_ACCESS_KEY_ID" in said["credentials"]
     assert said["layout"].startswith("256 shards a day, placed by directory")

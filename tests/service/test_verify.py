@@ -16,6 +16,7 @@ import pytest
 
 from des_format import DesWriter
 from des_format.layout import FOOTER, HEADER
+from desfs.sizes import format_size
 from tests import fixtures
 from tests.fakes.http_faults import FaultyS3
 from tests.mount.mounting import KINDS, PATIENCE_S, PROGRAM, Source, desfs, source_of
@@ -63,7 +64,7 @@ def records(lines: list[str]) -> tuple[list[dict[str, object]], dict[str, object
 def test_a_sound_store(source: Source, store: Path) -> None:
     """Exit status 0, one line, and nothing on standard error, which is no terminal."""
     size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    wanted = [f"verified 2 containers, 22 files, {size / 1e6:.3g} MB: no damage"]
+    wanted = [f"verified 2 containers, 22 files, {format_size(size)}: no damage"]
     assert verify(source.url, env=source.env) == (0, wanted, "")
     status, lines, errors = verify(f"{source.url}/{KEY}", "--json", env=source.env)
     assert (status, errors) == (0, "")
@@ -120,7 +121,7 @@ def test_damage_is_named(damaged: Source, store: Path) -> None:
     ]
     assert len(findings) == len(starts)
     assert all(line.startswith(start) for line, start in zip(findings, starts, strict=True)), findings
-    assert summary.endswith(" MB: 1 damaged container, 3 damaged entries in 1 container; 2 warnings")
+    assert summary.endswith(" MiB: 1 damaged container, 3 damaged entries in 1 container; 2 warnings")
 
     status, lines, errors = verify(damaged.url, "--json", env=damaged.env)
     assert (status, errors) == (3, "")

@@ -23,7 +23,8 @@ from desfs import metrics
 from desfs.cache_folder import CacheFolder
 from desfs.compiled import Compiled, CompiledIndexes
 from desfs.disk_cache import ObjectVersion
-from desfs.tree import DayTree, Folders, Member
+from desfs.folders import Folders
+from desfs.tree import DayTree, Member
 from tests.unit.containers import Item, build, footer_of
 
 VERSION = ObjectVersion("s3://bucket", "day/f.des", "etag")

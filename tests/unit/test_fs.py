@@ -19,6 +19,7 @@ import trio.testing
 
 from des_format import CorruptEntry, DesFormatError, DesWriter, UnsupportedEntry, placement_shard, shard_hex
 from des_format.layout import COMPRESSED
+from desfs.entries import Attributes
 from desfs.errors import (
     DesfsError,
     IsADirectory,
@@ -30,7 +31,7 @@ from desfs.errors import (
     StoreUnavailable,
     errno_of,
 )
-from desfs.fs import FOREVER_S, Attributes, FileSystem
+from desfs.fs import FOREVER_S, FileSystem
 from desfs.inode import CONTROL_DIRECTORY, ROOT, InodeNumber, directory_inode, split_file_inode
 from desfs.push import PageQueue, PlainQueue
 from desfs.settings import MountSettings

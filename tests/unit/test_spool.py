@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from desfs.errors import UsageError
+from desfs.file_lease import lease_is_broken, take_lease
 from desfs.settings import PackerSettings
-from desfs.spool import FileState, Found, Kind, Spool, is_temporary, lease_is_broken, take_lease
+from desfs.spool import FileState, Found, Kind, Spool, is_temporary
 
 HOUR_S = 3600.0
 

@@ -19,7 +19,8 @@ from des_format.layout import COMPRESSED, DELETED
 from des_format.names import name_problem
 from des_format.shards import parse_container_name
 from des_format.source import open_container
-from desfs.tree import DayTree, Folders, Member, are_in, same_names
+from desfs.folders import Folders
+from desfs.tree import DayTree, Member, are_in, same_names
 from tests.unit.containers import Item, MemorySource, build
 
 

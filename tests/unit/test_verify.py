@@ -35,22 +35,9 @@ from tests.unit.verifying import (
     flip,
     packed_meta,
     put,
-    put_externals,
     put_raw,
     verify,
 )
-
-
-@pytest.fixture(scope="module")
-def gets() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
-
-
-@pytest.fixture
-def with_externals(tmp_path: Path) -> Path:
-    return put_externals(tmp_path)
-
 
 # --- the example containers ------------------------------------------------------------------------------------------
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from des_format.layout import HEADER
-from desfs.cli.verify import describe, format_finding, format_size
+from desfs.cli.verify import describe, format_finding
 from desfs.errors import NoSuchObject, StoreError, StoreUnavailable
 from desfs.layout import LAYOUT_KEY, Layout
 from desfs.store.base import ObjectInfo
@@ -33,22 +33,9 @@ from tests.unit.verifying import (
     damage,
     flip,
     put,
-    put_externals,
     put_raw,
     verify,
 )
-
-
-@pytest.fixture(scope="module")
-def gets() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
-
-
-@pytest.fixture
-def with_externals(tmp_path: Path) -> Path:
-    return put_externals(tmp_path)
-
 
 # --- what changes meanwhile ------------------------------------------------------------------------------------------
 
@@ -322,7 +309,7 @@ def test_findings_are_one_printable_line() -> None:
 
 def test_what_a_summary_says() -> None:
     whole = Summary(containers=16, files=10_000, size=123_900_000)
-    assert describe(whole) == "verified 16 containers, 10,000 files, 124 MB: no damage"
+    assert describe(whole) == "verified 16 containers, 10,000 files, 118.3 MiB: no damage"
     whole.damaged_entries, whole.containers_with_damaged_entries = 3, 2
     assert describe(whole).endswith(": 3 damaged entries in 2 containers")
     whole.damaged_containers, whole.damaged_layout, whole.warnings, whole.unverified = 1, True, 1, 4
@@ -331,8 +318,3 @@ def test_what_a_summary_says() -> None:
     assert describe(Summary(1, 1, 5, without_checksum=1)) == (
         "verified 1 container, 1 file, 5 B: no damage; 1 entry has no checksum"
     )
-
-
-def test_sizes_are_short() -> None:
-    sizes = {0: "0 B", 999: "999 B", 1000: "1 kB", 1234: "1.23 kB", 999_499: "999 kB", 999_500: "1 MB", 10**13: "10 TB"}
-    assert {size: format_size(size) for size in sizes} == sizes
