@@ -5,7 +5,7 @@ A line for each finding on standard output, and a last one that sums up:
     2026-11-20/3f.des: entry 'photos/1.jpg': payload at byte 16: found a crc32c of 0badf00d, want 8a9136aa
     2026-11-20/a0.des: warning: …             readers cope with it, or do not look at it
     2026-11-20/a1.des: not verified: …        it could not be read; nothing is known of it
-    verified 16 containers, 10,000 files, 124 MB: 1 damaged entry in 1 container
+    verified 16 containers, 10,000 files, 118.2 MiB: 1 damaged entry in 1 container
 
 With `--json` an object a line, with these keys; more may come, these stay:
 

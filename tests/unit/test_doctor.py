@@ -374,7 +374,7 @@ def test_users_mount_on_what_they_may_write_to() -> None:
         ([DIRECTORY, Outcome([0o040757, os.geteuid(), 0, 1])], ROOM, True, State.ERROR, "by everybody"),
         ([Outcome()], ROOM, True, State.ERROR, "no answer in time"),
         ([DIRECTORY], ROOM, False, State.ERROR, "not be written to"),
-        ([DIRECTORY], Outcome([4 << 30, 100 << 30]), True, State.WARNING, "last 5 %"),
+        ([DIRECTORY], Outcome([4 << 30, 100 << 30]), True, State.WARNING, "last 5%"),
         ([DIRECTORY], Outcome([8 << 30, 100 << 30]), True, State.WARNING, "room for 3.0 GiB"),
     ],
 )

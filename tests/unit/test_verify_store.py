@@ -309,7 +309,7 @@ def test_findings_are_one_printable_line() -> None:
 
 def test_what_a_summary_says() -> None:
     whole = Summary(containers=16, files=10_000, size=123_900_000)
-    assert describe(whole) == "verified 16 containers, 10,000 files, 118.3 MiB: no damage"
+    assert describe(whole) == "verified 16 containers, 10,000 files, 118.2 MiB: no damage"
     whole.damaged_entries, whole.containers_with_damaged_entries = 3, 2
     assert describe(whole).endswith(": 3 damaged entries in 2 containers")
     whole.damaged_containers, whole.damaged_layout, whole.warnings, whole.unverified = 1, True, 1, 4
