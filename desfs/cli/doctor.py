@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from desfs.amounts import counted
 from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail, one_line, printable
 from desfs.cli.setup import set_up
 from desfs.doctor import EACH_S, Finding, State, examine
@@ -58,18 +59,16 @@ def _without_settings(reason: str, source: str | None, directory: str | None) ->
 
 def _show(findings: Iterator[Finding], json: bool) -> Counter[State]:
     show = _printer(json)
-    counted: Counter[State] = Counter()
+    states: Counter[State] = Counter()
     for finding in findings:
         show(finding)
-        counted[finding.state] += 1
+        states[finding.state] += 1
     if not json:
-        parts = [_plural(counted[State.ERROR], "error"), _plural(counted[State.WARNING], "warning")]
-        print(", ".join(parts) + (f", {counted[State.SKIPPED]} skipped" if counted[State.SKIPPED] else ""))
-    return counted
-
-
-def _plural(count: int, name: str) -> str:
-    return f"{count or 'no'} {name}{'s' * (count != 1)}"
+        parts = [counted(states[State.ERROR], "error"), counted(states[State.WARNING], "warning")]
+        if states[State.SKIPPED]:
+            parts.append(f"{states[State.SKIPPED]} skipped")
+        print(", ".join(parts))
+    return states
 
 
 def _printer(json: bool) -> Callable[[Finding], None]:

@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from des_format.shards import is_day
+from desfs.amounts import counted, format_size
 from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail, printable
 from desfs.cli.setup import set_up
 from desfs.errors import DesfsError, UsageError
 from desfs.settings import StoreSettings
-from desfs.sizes import format_size
 from desfs.status import (
     MountStatus,
     NotServed,
@@ -105,15 +105,15 @@ def mount_lines(status: MountStatus) -> list[tuple[str, str]]:
         ("up for", _duration(status.uptime_seconds)),
         (
             "days",
-            f"{len(status.days):,} looked at, {len(known):,} of them with all indexes: {_many(sum(known), 'file')}",
+            f"{len(status.days):,} looked at, {len(known):,} of them with all indexes: {counted(sum(known), 'file')}",
         ),
         (
             "open containers",
-            f"{_many(status.open_containers['files'], 'file')}, {format_size(status.open_containers['bytes'])}",
+            f"{counted(status.open_containers['files'], 'file')}, {format_size(status.open_containers['bytes'])}",
         ),
     ]
     if status.requests is not None:
-        waiting = _many(status.requests.get("open"), "request")
+        waiting = counted(int(status.requests.get("open") or 0), "request")
         oldest_s = status.requests.get("oldest_seconds", 0.0)
         lines.append(("waiting now", f"{waiting} of the kernel, the oldest for {oldest_s:.1f} s"))
     lines.append(("kernel requests", _counts(status.kernel_requests)))
@@ -137,8 +137,8 @@ def mount_lines(status: MountStatus) -> list[tuple[str, str]]:
         (
             "prefetch",
             (
-                f"{_many(prefetch['pushed'], 'file')} pushed to the kernel, {prefetch['pushed_in_vain']:,} in vain; "
-                f"{_many(prefetch['containers_bought'], 'container')} fetched as a whole"
+                f"{counted(prefetch['pushed'], 'file')} pushed to the kernel, {prefetch['pushed_in_vain']:,} in vain; "
+                f"{counted(prefetch['containers_bought'], 'container')} fetched as a whole"
             ),
         ),
         (
@@ -155,7 +155,7 @@ def spool_lines(status: SpoolStatus) -> list[tuple[str, str]]:
     """What waits in a spool, a line for each thing."""
     waiting, claimed, packer = status.waiting, status.claimed, status.packer
     oldest_s = waiting["oldest_seconds"]
-    text = f"{_many(waiting['files'], 'file')}, {format_size(int(waiting['bytes'] or 0))}"
+    text = f"{counted(int(waiting['files'] or 0), 'file')}, {format_size(int(waiting['bytes'] or 0))}"
     if oldest_s is not None:
         text += f"; the oldest for {_duration(oldest_s)}"
     if status.temporary:
@@ -169,7 +169,7 @@ def spool_lines(status: SpoolStatus) -> list[tuple[str, str]]:
         ("waiting", text),
         (
             "claimed",
-            f"{_many(claimed['files'], 'file')}, {held}, in {_many(claimed['batches'], 'batch')}",
+            f"{counted(claimed['files'], 'file')}, {held}, in {counted(claimed['batches'], 'batch', 'batches')}",
         ),
         ("put aside", f"{rejected['count']:,} in {os.path.join(status.place, '.desfs', 'rejected')}"),
         *(("", f"{each['file']}: {each['reason']}") for each in rejected["first"]),
@@ -186,6 +186,7 @@ def store_lines(status: StoreStatus) -> list[tuple[str, str]]:
         if status.layout_problem is not None
         else "none: a lookup reads all indexes of a day"
     )
+    parts, not_shown = counted(total.parts, "part"), counted(foreign["count"], "object")
     days = sum(is_day(each.day) for each in status.days)
     return [
         ("store", status.place),
@@ -193,10 +194,13 @@ def store_lines(status: StoreStatus) -> list[tuple[str, str]]:
         ("names", f"{len(status.days):,}, {days:,} of them days"),
         (
             "containers",
-            f"{total.containers:,}, {format_size(total.bytes)}: {total.sealed:,} sealed, {_many(total.parts, 'part')}",
+            f"{total.containers:,}, {format_size(total.bytes)}: {total.sealed:,} sealed, {parts}",
         ),
-        ("large files", f"{_many(total.external, 'object')} of their own, {format_size(total.external_bytes)}"),
-        ("foreign", f"{_many(foreign['count'], 'object')} that a mount does not show, {format_size(foreign['bytes'])}"),
+        ("large files", f"{counted(total.external, 'object')} of their own, {format_size(total.external_bytes)}"),
+        (
+            "foreign",
+            f"{counted(foreign['count'], 'object')} that a mount does not show, {format_size(foreign['bytes'])}",
+        ),
         *(("", each) for each in foreign["first"]),
     ]
 
@@ -258,10 +262,6 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         last = number == len(rows)
         table.add_row(*(Text(printable(text)) for text in row), style="bold" if last else None)
     Console(highlight=False).print(table)
-
-
-def _many(count: float | None, name: str) -> str:
-    return f"{int(count or 0):,} {name}{'' if count == 1 else 'es' if name.endswith('ch') else 's'}"
 
 
 def _counts(counts: dict[str, int]) -> str:

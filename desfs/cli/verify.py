@@ -34,11 +34,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from desfs.amounts import counted, format_size
 from desfs.cli.exits import EXIT_DAMAGE, EXIT_FAILURE, EXIT_USAGE, fail, printable
 from desfs.cli.setup import set_up
 from desfs.errors import DesfsError, UsageError
 from desfs.settings import StoreSettings
-from desfs.sizes import format_size
 from desfs.store.url import open_store, split_place
 from desfs.verify import Finding, Summary, Verification
 
@@ -76,21 +76,19 @@ def describe(summary: Summary) -> str:
     """One line about what was verified."""
     damage = []
     if summary.damaged_containers:
-        damage.append(_counted(summary.damaged_containers, "damaged container"))
+        damage.append(counted(summary.damaged_containers, "damaged container"))
     if summary.damaged_entries:
-        where = _counted(summary.containers_with_damaged_entries, "container")
-        damage.append(f"{_counted(summary.damaged_entries, 'damaged entry', 'damaged entries')} in {where}")
+        where = counted(summary.containers_with_damaged_entries, "container")
+        damage.append(f"{counted(summary.damaged_entries, 'damaged entry', 'damaged entries')} in {where}")
     if summary.damaged_layout:
         damage.append("a damaged layout")
-    what = (
-        f"{_counted(summary.containers, 'container')}, {_counted(summary.files, 'file')}, {format_size(summary.size)}"
-    )
+    what = f"{counted(summary.containers, 'container')}, {counted(summary.files, 'file')}, {format_size(summary.size)}"
     parts = [f"verified {what}: {', '.join(damage) or 'no damage'}"]
     if summary.without_checksum:
         verb = "has" if summary.without_checksum == 1 else "have"
-        parts.append(f"{_counted(summary.without_checksum, 'entry', 'entries')} {verb} no checksum")
+        parts.append(f"{counted(summary.without_checksum, 'entry', 'entries')} {verb} no checksum")
     if summary.warnings:
-        parts.append(_counted(summary.warnings, "warning"))
+        parts.append(counted(summary.warnings, "warning"))
     if summary.unverified:
         parts.append("not all could be verified")
     return "; ".join(parts)
@@ -105,10 +103,6 @@ def format_finding(finding: Finding) -> str:
         parts.insert(0, finding.container)
     line = ": ".join(parts)
     return printable(line)
-
-
-def _counted(count: int, one: str, many: str = "") -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def _line_of(finding: Finding) -> str:

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from desfs.amounts import format_size
 from desfs.doctor.finding import Finding, State, error, ok, skipped, warning
 from desfs.errors import DesfsError
 from desfs.fuse_options import fuse_options
 from desfs.mountpoint import FUSE_CONF, mounted_at, unmount, user_allow_other
 from desfs.settings import MountSettings, unknown_variables
-from desfs.sizes import format_size
 
 _DEVICE = "/dev/fuse"
 _DEVICE_NUMBERS = (10, 229)  # Linux, Documentation/admin-guide/devices.txt

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 
+from desfs.amounts import format_size
 from desfs.cache_folder import FREE_FRACTION
 from desfs.cache_folder import LAYOUT as CACHE_LAYOUT
 from desfs.doctor.contents import (
@@ -25,7 +26,6 @@ from desfs.errors import AccessDenied, NoSuchStore, StoreError, UsageError
 from desfs.hanging import Call, Outcome, look
 from desfs.mountpoint import FS_TYPE, Mounted, mounted_at
 from desfs.settings import MountSettings, StoreSettings
-from desfs.sizes import format_size
 from desfs.store import open_store
 
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)  # the daemon has ended, or is just ending

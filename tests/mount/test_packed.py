@@ -62,7 +62,7 @@ def pack(spool: Path, url: str, environ: dict[str, str], *options: str) -> int:
 
 @pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=pytest.mark.s3)])
 def test_a_file_of_300_mib(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Issue 2: a 300 MiB file through the spool is stored external without its bytes ever being in memory whole (peak
+    """A 300 MiB file through the spool is stored external without its bytes ever being in memory whole (peak
     below 200 MiB), and reads back through the mount, whole and at random offsets."""
     spool = tmp_path / "spool"
     (spool / "films").mkdir(parents=True)

@@ -263,7 +263,7 @@ def test_settings_that_cannot_be_read_are_a_finding(tmp_path: Path) -> None:
     assert any(line.startswith("ok       fuse device ") for line in lines)
     for name in ("store", "mount point"):
         assert any(line.startswith(f"skipped  {name:14}") for line in lines), name
-    assert last == "1 error, no warnings, 2 skipped"
+    assert last == "1 error, 0 warnings, 2 skipped"
 
 
 # --- a wrong endpoint --------------------------------------------------------------------------------------------

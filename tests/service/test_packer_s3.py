@@ -43,7 +43,7 @@ def shown(url: str, server: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -
 def test_ten_thousand_files_in_sixteen_shards(
     s3: servers.S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Issue 2: 10,000 files into S3 with 16 shards take at most 16 + 5 PUTs, counted at the server; all are there,
+    """10,000 files into S3 with 16 shards take at most 16 + 5 PUTs, counted at the server; all are there,
     and the spool is empty."""
     spool = tmp_path / "spool"
     written = {f"folder {index % 100}/{index}": b"%d" % index * (index % 50) for index in range(10_000)}

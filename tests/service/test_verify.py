@@ -16,7 +16,7 @@ import pytest
 
 from des_format import DesWriter
 from des_format.layout import FOOTER, HEADER
-from desfs.sizes import format_size
+from desfs.amounts import format_size
 from tests import fixtures
 from tests.fakes.http_faults import FaultyS3
 from tests.mount.mounting import KINDS, PATIENCE_S, PROGRAM, Source, desfs, source_of

@@ -31,7 +31,7 @@ PURE = frozenset(
         "desfs/tree.py",
         "desfs/fuse_options.py",
         "desfs/inode.py",
-        "desfs/sizes.py",
+        "desfs/amounts.py",
         "desfs/window.py",
         "desfs/packer/batch.py",
         "assignment/sequence.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from desfs.sizes import format_size
+from desfs.amounts import format_size
 
 
 def test_sizes_are_short() -> None:
