@@ -186,7 +186,7 @@ def store_lines(status: StoreStatus) -> list[tuple[str, str]]:
         if status.layout_problem is not None
         else "none: a lookup reads all indexes of a day"
     )
-    parts, not_shown = counted(total.parts, "part"), counted(foreign["count"], "object")
+    parts = counted(total.parts, "part")
     days = sum(is_day(each.day) for each in status.days)
     return [
         ("store", status.place),
