@@ -144,7 +144,7 @@ class Readers:
                     version = -1
                     for _ in range(4):  # of one open file: all of one version
                         at = dice.randrange(size - 64)
-                        found = version_of(name, os.pread(file, _AT_ONCE, at), at)
+                        found = version_of(name, read_at(file, _AT_ONCE, at), at)
                         assert version in (-1, found), f"{name}: versions {version} and {found} in an open file"
                         version = found
                 else:
@@ -182,7 +182,7 @@ class Readers:
             file, version = opened[name]
             at = dice.randrange(size_of(name, 0) - 64)
             try:
-                found = version_of(name, os.pread(file, 20_000, at), at)
+                found = version_of(name, read_at(file, 20_000, at), at)
             except OSError as error:
                 self.allow(name, error.errno)
                 os.close(opened.pop(name)[0])
@@ -260,6 +260,17 @@ class Readers:
                 assert found[1] == DIRECTORIES["gone"], line
             names.add(found[1])
         return names
+
+
+def read_at(file: int, length: int, at: int) -> bytes:
+    """Up to `length` bytes, fewer only at the end of the file. OSError if there is one behind the first of them.
+
+    A read that fails in a page behind its first answers with what was before (Linux mm/filemap.c); the next one fails."""
+    pieces = []
+    while length and (piece := os.pread(file, length, at)):
+        pieces.append(piece)
+        length, at = length - len(piece), at + len(piece)
+    return b"".join(pieces)
 
 
 def _run(command: list[object], folder: Path) -> subprocess.CompletedProcess[bytes]:
