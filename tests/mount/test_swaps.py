@@ -265,7 +265,7 @@ class Readers:
 def read_at(file: int, length: int, at: int) -> bytes:
     """Up to `length` bytes, fewer only at the end of the file. OSError if there is one behind the first of them.
 
-    A read that fails in a page behind its first answers with what was before (Linux mm/filemap.c); the next one fails."""
+    A read that fails behind its first page answers with what was before (Linux mm/filemap.c); the next one fails."""
     pieces = []
     while length and (piece := os.pread(file, length, at)):
         pieces.append(piece)
