@@ -15,7 +15,7 @@ SOURCES := setup.cfg pyproject.toml setup.py README.md LICENSE des_format desfs 
 BENCH_PACKAGES := $(TEST_PACKAGES) rclone s3fs
 
 # Files of tests that run side by side: 3 take half of the time, on a machine that has nothing else to do.
-TEST_PROCESSES ?= 1
+TEST_PROCESSES ?= 2
 
 # What `make bench` runs (all but the soak; e.g. BENCH='mount --quick'), and where its tables and its plot go.
 BENCH ?=
