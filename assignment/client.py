@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 from zoneinfo import ZoneInfo
 
-from assignment.catalog import Catalog, ContainerRecord, Lease
+from assignment.catalog import Catalog, NodeLease
 from assignment.errors import (
     AssignmentError,
     CatalogCorrupt,
@@ -59,34 +59,20 @@ class Assignment:
 
 
 class AssignmentClient(Protocol):
-    """Assignments, leases and commits. Asyncio; many tasks may use one client. An async context manager.
+    """Assignments, and the catalog with its leases. Asyncio; many tasks may use one client. An async context manager."""
 
-    The methods below `assign` are those of `assignment.catalog.Catalog`, with the same meaning and the same errors.
-    """
+    @property
+    def catalog(self) -> Catalog:
+        """Where leases are held and containers committed; closed with the client."""
+        ...
 
     async def assign(self, paths: Sequence[str]) -> list[Assignment]:
         """One assignment per path, in order; the same path gets a new id each time.
 
         Any number of paths; each 10,000 are one transaction. An id whose answer was lost is never used. Raises
-        CatalogUnavailable, CatalogCorrupt.
+        CatalogUnavailable, CatalogCorrupt, NodeIdLost; over HTTP ServiceUnavailable, NotAuthorized, InvalidRequest.
         """
         ...
-
-    async def acquire(
-        self, day: date, shard: str, holder: str, ttl_s: float, *, first_generation: int = 1
-    ) -> Lease | None: ...
-
-    async def renew(self, lease: Lease, ttl_s: float) -> Lease | None: ...
-
-    async def release(self, lease: Lease) -> None: ...
-
-    async def next_generation(self, lease: Lease, *, at_least: int = 1) -> int: ...
-
-    async def commit_container(self, lease: Lease, record: ContainerRecord) -> None: ...
-
-    async def find_container(self, object_key: str) -> ContainerRecord | None: ...
-
-    async def list_containers(self, day: date | None = None) -> list[ContainerRecord]: ...
 
     async def close(self) -> None: ...
 
@@ -100,8 +86,8 @@ class AssignmentClient(Protocol):
 class InProcessAssignment:
     """The assignment service without a server, over a catalog that is open; closing it closes the catalog.
 
-    Several processes may each have one over the same catalog, with the same node id: their ids come from the catalog.
-    Over different catalogs, those who write to one store need different node ids. `clock_ns` gives Unix time.
+    `node` is a node id that this process shares with nobody, or with those who use the same catalog (their ids come
+    from it), or a function that gives the lease of one. `clock_ns` gives Unix time.
     """
 
     def __init__(
@@ -110,7 +96,7 @@ class InProcessAssignment:
         *,
         shard_bits: int,
         timezone: str = "UTC",
-        node_id: int = 0,
+        node: int | Callable[[], NodeLease] = 0,
         prefix: str = "DES",
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -118,13 +104,22 @@ class InProcessAssignment:
         if not 1 <= shard_bits <= 32:
             raise InvalidRequest(f"shard_bits: found {shard_bits}, want 1 to 32")
         try:
-            self._names = SnowflakeNameConfig(prefix=prefix, node_id=node_id)
+            self._names = SnowflakeNameConfig(prefix=prefix, node_id=node if isinstance(node, int) else 0)
         except InvalidAssignedName as error:
             raise InvalidRequest(str(error)) from error
         self._catalog = catalog
+        self._node = node
         self._shard_bits = shard_bits
         self._timezone = _parse_timezone(timezone)
         self._clock_ns = clock_ns
+
+    @property
+    def catalog(self) -> Catalog:
+        return self._catalog
+
+    def today(self) -> date:
+        """The day that a file gets which comes now."""
+        return self._day_of(self._clock_ns() // 1_000_000)
 
     async def assign(self, paths: Sequence[str]) -> list[Assignment]:
         assignments: list[Assignment] = []
@@ -135,33 +130,14 @@ class InProcessAssignment:
     async def _assign_batch(self, paths: Sequence[str]) -> list[Assignment]:
         shards = [shard_hex(placement_shard(path, self._shard_bits), self._shard_bits) for path in paths]
         now_ms = self._clock_ns() // 1_000_000
-        day = datetime.fromtimestamp(now_ms / 1000, self._timezone).date()
-        block = await self._catalog.reserve_ids(self._names.node_id, day, len(paths), now_ms)
+        day = self._day_of(now_ms)
+        node = self._node if isinstance(self._node, int) else self._node()
+        block = await self._catalog.reserve_ids(node, day, len(paths), now_ms)
         names = block.names(self._names.prefix, wrap_bits=self._names.wrap_bits)
         return [Assignment(path, day, shard, name) for path, shard, name in zip(paths, shards, names, strict=True)]
 
-    async def acquire(
-        self, day: date, shard: str, holder: str, ttl_s: float, *, first_generation: int = 1
-    ) -> Lease | None:
-        return await self._catalog.acquire(day, shard, holder, ttl_s, first_generation=first_generation)
-
-    async def renew(self, lease: Lease, ttl_s: float) -> Lease | None:
-        return await self._catalog.renew(lease, ttl_s)
-
-    async def release(self, lease: Lease) -> None:
-        await self._catalog.release(lease)
-
-    async def next_generation(self, lease: Lease, *, at_least: int = 1) -> int:
-        return await self._catalog.next_generation(lease, at_least=at_least)
-
-    async def commit_container(self, lease: Lease, record: ContainerRecord) -> None:
-        await self._catalog.commit_container(lease, record)
-
-    async def find_container(self, object_key: str) -> ContainerRecord | None:
-        return await self._catalog.find_container(object_key)
-
-    async def list_containers(self, day: date | None = None) -> list[ContainerRecord]:
-        return await self._catalog.list_containers(day)
+    def _day_of(self, now_ms: int) -> date:
+        return datetime.fromtimestamp(now_ms / 1000, self._timezone).date()
 
     async def close(self) -> None:
         await self._catalog.close()
@@ -192,7 +168,7 @@ async def open_embedded(
 
     catalog = SqliteCatalog(path)
     client = InProcessAssignment(
-        catalog, shard_bits=shard_bits, timezone=timezone, node_id=node_id, prefix=prefix, clock_ns=clock_ns
+        catalog, shard_bits=shard_bits, timezone=timezone, node=node_id, prefix=prefix, clock_ns=clock_ns
     )
     await catalog.open()
     return client

@@ -17,6 +17,16 @@ class ContainerExists(AssignmentError):
     """A container of that object key is committed already: look it up, and do not commit it again."""
 
 
+class ContainersChanged(AssignmentError):
+    """A container that was to be superseded is not live any more: look at the shard again."""
+
+
+class NodeIdLost(AssignmentError):
+    """The node id's lease has passed: lease another one before the next id is handed out."""
+
+    temporary = True
+
+
 class CatalogUnavailable(AssignmentError):
     """The catalog did not answer, or is locked, full or out of reach: wait, and try again."""
 
@@ -29,6 +39,20 @@ class CatalogCorrupt(AssignmentError):
 
 class CatalogTooNew(AssignmentError):
     """The catalog was written by a newer version of this program: upgrade the program."""
+
+
+class CatalogTooOld(AssignmentError):
+    """The catalog was made by an older version of this program: `desfs catalog migrate` brings it up to date."""
+
+
+class ServiceUnavailable(AssignmentError):
+    """The assignment service did not answer, or cannot reach its catalog: wait, and try again."""
+
+    temporary = True
+
+
+class NotAuthorized(AssignmentError):
+    """The assignment service wants another token."""
 
 
 class InvalidRequest(AssignmentError):

@@ -15,8 +15,10 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Table,
+    Text,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -24,7 +26,10 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from assignment.catalog import ContainerState
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The number of the newest revision in assignment/migrations/versions, which makes the tables below."""
+
+MIGRATE_COMMAND = "desfs catalog migrate"
 
 metadata = MetaData(
     naming_convention={
@@ -52,8 +57,8 @@ shard_lease = Table(
     CheckConstraint("next_generation >= 1", name="next_generation"),
 )
 
-# The row is the commit of its container. No foreign key to the lease: a catalog that is rebuilt from the bucket has
-# containers of days that nobody holds a lease for.
+# A container's row, from before its object to some time after it. No foreign key to the lease: a catalog that is
+# rebuilt from the bucket has containers of days that nobody holds a lease for.
 container = Table(
     "container",
     metadata,
@@ -66,7 +71,7 @@ container = Table(
     Column("etag", String(255), nullable=False),
     Column("token", BigInteger, nullable=False),
     Column("state", String(16), nullable=False),
-    Column("created_at_ms", BigInteger, nullable=False),
+    Column("changed_at_ms", BigInteger, nullable=False),
     CheckConstraint("size >= 0", name="size"),
     CheckConstraint("files >= 0", name="files"),
     CheckConstraint(f"state IN ({', '.join(repr(str(state)) for state in ContainerState)})", name="state"),
@@ -84,6 +89,41 @@ id_sequence = Table(
     CheckConstraint("node_id BETWEEN 0 AND 255", name="node_id"),
     CheckConstraint("next_sequence BETWEEN 0 AND 256", name="next_sequence"),
 )
+
+worker = Table(
+    "worker",
+    metadata,
+    Column("name", String(255), primary_key=True),
+    Column("spool", Text, nullable=False),
+    Column("details", Text, nullable=False),  # a JSON object
+    Column("started_at_ms", BigInteger, nullable=False),
+    Column("expires_at_ms", BigInteger, nullable=False),
+)
+
+# One row per node id, made when the first id is leased and kept: tokens must never go back. Token 0: never leased.
+node = Table(
+    "node",
+    metadata,
+    Column("node_id", Integer, primary_key=True, autoincrement=False),
+    Column("holder", String(255), nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("expires_at_ms", BigInteger, nullable=False),
+    CheckConstraint("node_id BETWEEN 0 AND 255", name="node_id"),
+    CheckConstraint("token >= 0", name="token"),
+)
+
+# Alembic's own table, as Alembic makes it: read and stamped without importing Alembic, which takes a while.
+revision_table = Table(
+    "alembic_version",
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+
+
+def revision_name(version: int) -> str:
+    """The name that Alembic knows a version of the tables by."""
+    return f"{version:04d}"
 
 
 class DatabaseNowMs(FunctionElement[int]):

@@ -184,6 +184,14 @@ class FileSystem:
             if everything or day.due(now + self.settings.refresh / 2, self.settings.refresh):
                 await refreshed(day.refresh)
 
+    async def refresh_day(self, name: str) -> None:
+        """List a day again that somebody says has changed; the root, when it is new. Raises nothing, as `refresh`."""
+        day = self.views.known(name)
+        if day is not None:
+            await refreshed(day.refresh)
+        elif name not in self.views.names:
+            await self.refresh()
+
     async def lookup(self, parent: int, name: bytes) -> Attributes:
         """The entry `name` of a directory. Raises: NoSuchPath, NotADirectory; StoreError."""
         if parent == ROOT:

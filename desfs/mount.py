@@ -20,6 +20,7 @@ from desfs.errors import DesfsError, StoreUnavailable
 from desfs.fs import FileSystem
 from desfs.fuse_options import fuse_options
 from desfs.levers import LEVERS
+from desfs.listening import Announcements
 from desfs.mountpoint import mounted_at, place_of, unmount
 from desfs.notify import Notifier
 from desfs.operations import KernelNotifier, Operations
@@ -142,6 +143,9 @@ class _Daemon:
             await nursery.start(self._fs.run, KernelNotifier())
             nursery.start_soon(self._announce, ready)
             nursery.start_soon(self._watch)
+            if self._fs.settings.redis is not None:
+                url = self._fs.settings.redis.get_secret_value()
+                nursery.start_soon(Announcements(url, self._store.url, self._fs.refresh_day).run)
             with self._requests:
                 await pyfuse3.main(max_tasks=_MAX_TASKS)
             self._notifier.stopping("unmounted")

@@ -47,6 +47,16 @@ def parse_octal(value: Any) -> Any:
     return int(value, 8)
 
 
+def parse_days(value: Any) -> Any:
+    """Days from a text like `90d` or `12w`."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d{1,6})\s*([dw])\s*", value.lower())
+    if match is None:
+        raise ValueError(f"{value!r} is no age: write a number of days or weeks, like 90d or 12w")
+    return int(match[1]) * (7 if match[2] == "w" else 1)
+
+
 def check_redis(url: SecretStr) -> SecretStr:
     """A URL of Redis, which may hold a password: no message repeats any of it."""
     try:
@@ -67,6 +77,26 @@ def check_redis(url: SecretStr) -> SecretStr:
     return url
 
 
+def check_catalog(url: SecretStr) -> SecretStr:
+    """A catalog's URL, or the path of a SQLite file; it may hold a password: no message repeats any of it."""
+    text = url.get_secret_value()
+    try:
+        scheme = urlsplit(text).scheme if "://" in text else "sqlite"
+    except ValueError:
+        scheme = ""
+    if not text or scheme not in ("sqlite", "sqlite+aiosqlite", "postgresql", "postgresql+asyncpg"):
+        raise ValueError("no catalog: want postgresql+asyncpg://user@host/database, or the path of a SQLite file")
+    return url
+
+
+def has_password(url: str) -> bool:
+    """Whether a URL holds a password, which does not belong on a command line: `ps` shows that to everybody."""
+    try:
+        return "://" in url and urlsplit(url).password is not None
+    except ValueError:
+        return False
+
+
 def check_timezone(name: str) -> str:
     """A name of the time zone database; UTC needs none, which a container image may lack."""
     if name == "UTC":
@@ -84,13 +114,24 @@ _PREFIX = "DESFS_"
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Timezone = Annotated[str, AfterValidator(check_timezone)]
 Redis = Annotated[SecretStr, AfterValidator(check_redis)]
+Days = Annotated[int, BeforeValidator(parse_days), Field(ge=0)]
+CatalogUrl = Annotated[SecretStr, AfterValidator(check_catalog)]
 Octal = Annotated[int, BeforeValidator(parse_octal), Field(ge=0, le=0o7777)]
 
 
-class StoreSettings(BaseSettings):
-    """How to reach a store. S3 credentials come from the usual AWS environment and profiles alone."""
+class ProgramSettings(BaseSettings):
+    """What every program has: its settings file and its log."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    config: str | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    log_file: str | None = None
+
+
+class StoreSettings(ProgramSettings):
+    """How to reach a store. S3 credentials come from the usual AWS environment and profiles alone."""
 
     endpoint_url: str | None = None
     region: str | None = None
@@ -99,10 +140,6 @@ class StoreSettings(BaseSettings):
     no_sign_request: bool = False
     ca_bundle: str | None = None
     deadline: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    config: str | None = None
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["text", "json"] = "text"
-    log_file: str | None = None
 
     def s3_options(self) -> S3Options:
         """The part that concerns S3."""
@@ -154,6 +191,12 @@ class PackerSettings(StoreSettings):
     timezone: Timezone = "UTC"
     node_id: int = Field(default=0, ge=0, le=255)
     holder: str = ""
+    catalog: CatalogUrl | None = None
+    assignment: str | None = None
+    assignment_token_file: str | None = None
+    lease_ttl: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    rescan_interval: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    redis: Redis | None = None
 
 
 class ImportSettings(StoreSettings):
@@ -167,14 +210,66 @@ class ImportSettings(StoreSettings):
     timezone: Timezone = "UTC"
 
 
+class CatalogSettings(StoreSettings):
+    """Options of what works on a store and its catalog beside the packers. Times are seconds."""
+
+    catalog: CatalogUrl | None = None
+    lease_ttl: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    wait: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # longer than the lease of one that was killed
+    holder: str = ""
+
+
+class RemovalSettings(CatalogSettings):
+    """Options of `desfs rm`."""
+
+
+class ExpireSettings(CatalogSettings):
+    """Options of `desfs expire`. `older_than` in days."""
+
+    older_than: Days
+    timezone: Timezone = "UTC"
+
+
+class VerifySettings(CatalogSettings):
+    """Options of `desfs verify`. Times are seconds: how old an upload that nobody can commit any more, or a container
+    that was merged, has to be, and an object of its own that no container names, before it is taken for left over."""
+
+    grace: float = Field(default=3600.0, ge=0, allow_inf_nan=False)
+    external_grace: float = Field(default=86_400.0, ge=0, allow_inf_nan=False)
+
+
+class AssignmentSettings(ProgramSettings):
+    """Options of the assignment service, and of what works on its catalog alone. Sizes are bytes, times seconds."""
+
+    catalog: CatalogUrl | None = None
+    listen: str = "127.0.0.1:8000"
+    tokens: SecretStr | None = None
+    token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    timezone: Timezone = "UTC"
+    shard_bits: int = Field(default=4, ge=1, le=32)
+    prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,32}$")] = "DES"
+    holder: str = ""
+    node_ttl: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    max_body: Annotated[Size, Field(ge=1)] = 8 * 1024 * 1024
+    max_requests: int = Field(default=64, ge=1)
+    request_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    open_metrics: bool = False
+
+
 # The tables that a settings file may have: what stands in one is for that program alone.
-SECTIONS: dict[str, type[StoreSettings]] = {
+SECTIONS: dict[str, type[ProgramSettings]] = {
     "mount": MountSettings,
     "packer": PackerSettings,
     "import": ImportSettings,
+    "assignment": AssignmentSettings,
+    "rm": RemovalSettings,
+    "expire": ExpireSettings,
+    "verify": VerifySettings,
 }
 
-S = TypeVar("S", bound=StoreSettings)
+S = TypeVar("S", bound=ProgramSettings)
 
 
 def load_settings(kind: type[S], given: Mapping[str, Any], name_of: Callable[[str], str]) -> S:
@@ -183,6 +278,11 @@ def load_settings(kind: type[S], given: Mapping[str, Any], name_of: Callable[[st
 
     Raises: UsageError naming the option, the variable or the file's key that makes no sense.
     """
+    if has_password(str(given.get("catalog", ""))):
+        raise UsageError(
+            f"{name_of('catalog')}: everybody sees a password on a command line: set {_PREFIX}CATALOG, or write it into "
+            "the settings file"
+        )
     path = config_path(given)
     from_file = read_config(path, kind) if path else {}
     merged = {name: value for name, value in from_file.items() if f"{_PREFIX}{name.upper()}" not in os.environ}
@@ -207,7 +307,7 @@ def config_path(given: Mapping[str, Any]) -> str | None:
     return given.get("config") or os.environ.get(f"{_PREFIX}CONFIG") or None
 
 
-def read_config(path: str, kind: type[StoreSettings]) -> dict[str, Any]:
+def read_config(path: str, kind: type[ProgramSettings]) -> dict[str, Any]:
     """The settings for a program in a TOML file: those outside of tables, which hold for every program that has them,
     and those in its own table, which win.
 

@@ -1,15 +1,19 @@
 """The spool: which files may be taken from it, and how they are taken without losing or tearing one. Blocking.
 
     SPOOL/                    any program writes here, with ordinary calls
-    SPOOL/.desfs/lock         held by the packer
-                 catalog.sqlite
-                 emptied.json      folders that the packer has taken files from, to be removed when they are quiet
-                 claims/BATCH/…    files taken, under their paths
-                 journal/BATCH.json
-                 work/             containers being built; worth nothing after a crash
-                 rejected/N/       a file that cannot be stored, and `reason.txt`
+    SPOOL/.desfs/lock, id, workers/   who packs the spool (`desfs.spool_workers`)
+                 catalog.sqlite       the embedded catalog
+                 claims/BATCH/files/… files taken, under their paths
+                 claims/BATCH/journal.json
+                 emptied-WORKER.json  folders that it has taken files from, to be removed when they are quiet
+                 work/WORKER/         containers being built; worth nothing after a crash
+                 rejected/N/          a file that cannot be stored, and `reason.txt`
 
 A claim is a rename into `claims/`: it is on the same file system, and nobody opens the file there by its path.
+
+A batch is its worker's, whose number its name ends in. A spool may have several workers; one takes the batches of
+another that has died by renaming their folders, journal and all. A worker that was only paused then finds its files
+and its journal gone: what it has open already it may put, and the fencing token keeps it from committing that.
 
 Folders outside of `.desfs` are opened component by component, and no symbolic link is followed on the way: who may
 write to the spool cannot lead the packer out of it.
@@ -19,11 +23,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import fnmatch
 import json
 import os
 import re
+import secrets
 import signal
 import stat
 import tempfile
@@ -33,7 +37,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import IO
 
 import structlog
 
@@ -41,6 +44,7 @@ from des_format.errors import InvalidEntryName
 from des_format.names import MAX_PATH, check_writable
 from desfs.errors import DesfsError, UsageError
 from desfs.file_lease import lease_is_broken, take_lease
+from desfs.spool_workers import WorkerPlace
 
 log = structlog.get_logger(__name__)
 
@@ -50,8 +54,7 @@ _RSYNC_TEMPORARY = re.compile(r"\..+\.[A-Za-z0-9]{6}")  # .NAME.XXXXXX, rsync(1)
 TEMPORARY_WAIT_S = 3600.0  # for the owner of a name that looks temporary to rename it
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# A claim's folder is .desfs/claims/BATCH/: see `journal.new_batch_name`.
-_CLAIM_PREFIX = len("/.desfs/claims//") + 32
+_CLAIM_PREFIX = len("/.desfs/claims//files/") + 20 + 1 + 4 + 1 + 8  # the folder of a claim, with `new_batch_name`
 # What the opening of a path says that is not what the scan has seen any more: gone, or something else.
 _EXCHANGED = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST, errno.EISDIR}
 _AT_FDCWD = -100
@@ -76,11 +79,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Something in the spool: its path relative to it, what to do with it, and, where it is unsuitable, why."""
+    """Something in the spool: its path relative to it, what to do with it, how long ago it was changed, and, where it
+    is unsuitable, why."""
 
     path: str
     kind: Kind
     size: int
+    age_s: float
     reason: str = ""
 
 
@@ -125,7 +130,7 @@ def unsuitable_reason(path: str, status: os.stat_result, max_file_size: int) -> 
 
 
 class Spool:
-    """One spool directory. One thread at a time; `lock` keeps other packers out.
+    """One spool directory. One thread at a time; `join` gives this process its place among those who pack it.
 
     `effect` is called before each change on disk: tests die there.
     """
@@ -152,30 +157,46 @@ class Spool:
         self._temporary = tuple(temporary)
         self._clock = clock
         self._effect = effect
-        self._lock_file: IO[bytes] | None = None
+        self._place: WorkerPlace | None = None
         # Folders that we changed last: their ctime since, and when somebody else had changed them before.
         self._own_changes: dict[str, tuple[int, float]] = {}
         try:
-            for folder in ("claims", "journal", "work", "rejected"):
+            for folder in ("claims", "work", "rejected", "workers"):
                 (self.internal / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"spool {root}: {error.strerror}: {error.filename}") from error
         # A lease that somebody breaks sends SIGIO to its holder, whose default is to end it (fcntl(2)).
         signal.signal(signal.SIGIO, signal.SIG_IGN)
 
-    def lock(self) -> None:
-        """Keep other packers out until this process ends. Raises: UsageError when one is at work."""
-        self._lock_file = open(self.internal / "lock", "ab")  # noqa: SIM115 - held until unlock() or the end
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock_file.close()
-            raise UsageError(f"spool {self.root}: another packer is at work in it") from None
+    def join(self, *, shared: bool = False) -> WorkerPlace:
+        """Become a worker of this spool, until `leave` or the end of the process: the only one, or with `shared` one of
+        several. Raises: UsageError when that cannot be; OSError."""
+        self._place = WorkerPlace.take(self.internal, shared=shared)
+        self._work.mkdir(exist_ok=True)
+        return self._place
 
-    def unlock(self) -> None:
-        """Let other packers in."""
-        if self._lock_file is not None:
-            self._lock_file.close()
+    def leave(self) -> None:
+        """Let others have the place."""
+        if self._place is not None:
+            self._place.leave()
+
+    @property
+    def place(self) -> WorkerPlace:
+        """Ours, after `join`."""
+        assert self._place is not None, "join() comes first"
+        return self._place
+
+    @property
+    def _worker(self) -> str:
+        return self.place.number
+
+    @property
+    def _work(self) -> Path:
+        return self.internal / "work" / self._worker
+
+    def new_batch(self) -> str:
+        """The name of a batch of ours, which sorts behind those made before it."""
+        return f"{time.time_ns():020d}-{secrets.token_hex(2)}-{self._worker}"
 
     def scan(self) -> Iterator[Found]:
         """All that is in the spool, folder by folder, names ascending. What goes away meanwhile is left out; a folder
@@ -230,13 +251,14 @@ class Spool:
         finally:
             os.close(descriptor)
 
-    def _is_settled(self, status: os.stat_result) -> bool:
+    def _age_s(self, status: os.stat_result) -> float:
         # ctime: a program can set mtime, and a rename into the spool counts as a touch as well.
-        return abs(self._clock() - status.st_ctime) >= self._settle_s
+        return abs(self._clock() - status.st_ctime)
 
     def _unsuitable(self, path: str, status: os.stat_result, reason: str) -> Found:
-        kind = Kind.UNSUITABLE if self._is_settled(status) else Kind.WAITING
-        return Found(path, kind, status.st_size, reason)
+        age_s = self._age_s(status)
+        kind = Kind.UNSUITABLE if age_s >= self._settle_s else Kind.WAITING
+        return Found(path, kind, status.st_size, age_s, reason)
 
     def _classify(self, path: str, status: os.stat_result) -> Found:
         reason = unsuitable_reason(path, status, self._max_file_size)
@@ -244,11 +266,13 @@ class Spool:
             reason = f"a path of {len(os.fsencode(path))} bytes, more than the {self._max_path} that fit in this spool"
         if reason is not None:
             return self._unsuitable(path, status, reason)
-        if not self._is_settled(status):
-            return Found(path, Kind.WAITING, status.st_size)
-        if is_temporary(path, self._temporary) and abs(self._clock() - status.st_ctime) < TEMPORARY_WAIT_S:
-            return Found(path, Kind.TEMPORARY, status.st_size)
-        return Found(path, Kind.SETTLED, status.st_size)
+        age_s = self._age_s(status)
+        kind = Kind.SETTLED
+        if age_s < self._settle_s:
+            kind = Kind.WAITING
+        elif is_temporary(path, self._temporary) and age_s < TEMPORARY_WAIT_S:
+            kind = Kind.TEMPORARY
+        return Found(path, kind, status.st_size, age_s)
 
     def claim(self, path: str, batch: str) -> bool:
         """Take a file: False if it went away or became something else, is held open by a writer, or somebody is about
@@ -286,7 +310,10 @@ class Spool:
 
     def claimed(self, batch: str, path: str) -> Path:
         """Where a claimed file is."""
-        return self.internal / "claims" / batch / path
+        return self._batch(batch) / "files" / path
+
+    def _batch(self, batch: str) -> Path:
+        return self.internal / "claims" / batch
 
     def give_back(self, batch: str, path: str) -> bool:
         """Put a claimed file where it was; False, and it stays claimed, when a newer one has taken its place."""
@@ -322,37 +349,48 @@ class Spool:
         log.warning("put aside", path=path, reason=reason, rejected=str(place))
 
     def batches(self) -> list[str]:
-        """The batches that have claims or a journal, oldest first."""
-        claims = {entry.name for entry in os.scandir(self.internal / "claims")}
-        journals = {
-            entry.name.removesuffix(".json")
-            for entry in os.scandir(self.internal / "journal")
-            if entry.name.endswith(".json")
-        }
-        return sorted(claims | journals)
+        """The batches that have claims or a journal, whoever's they are, oldest first."""
+        return sorted(entry.name for entry in os.scandir(self.internal / "claims"))
 
     def claims(self, batch: str) -> list[str]:
         """The paths of a batch's files, ascending."""
-        root = self.internal / "claims" / batch
+        root = self._batch(batch) / "files"
         paths = []
         for folder, _, names in os.walk(root):
             below = os.path.relpath(folder, root)
             paths += [name if below == "." else f"{below}/{name}" for name in names]
         return sorted(paths)
 
+    def take_over(self, batch: str) -> str | None:
+        """Make another worker's batch ours, with all that is in it; its new name, None if somebody was faster.
+
+        Its time stays at the front of the name: batches are finished in the order of their claims.
+        """
+        time_of_claim = batch.partition("-")[0]
+        mine = f"{time_of_claim}-{secrets.token_hex(2)}-{self._worker}"
+        self._effect(f"take over {batch}")
+        try:
+            os.rename(self._batch(batch), self._batch(mine))
+        except FileNotFoundError:
+            return None
+        return mine
+
     def finish(self, batch: str) -> None:
         """Forget a batch whose files have all left it: its folders, then its journal."""
-        root = self.internal / "claims" / batch
+        root = self._batch(batch) / "files"
         for folder, _, names in os.walk(root, topdown=False):
             if not names:
                 _remove_empty(Path(folder))
         if not root.exists():
             self._effect(f"remove journal {batch}")
             self.journal_path(batch).unlink(missing_ok=True)
+            for temporary in self._batch(batch).glob(".*.tmp"):  # of a worker that died while it wrote
+                temporary.unlink(missing_ok=True)
+            _remove_empty(self._batch(batch))
 
     def journal_path(self, batch: str) -> Path:
         """Where a batch's journal is."""
-        return self.internal / "journal" / f"{batch}.json"
+        return self._batch(batch) / "journal.json"
 
     def write_durably(self, path: Path, content: bytes) -> None:
         """Replace a file as a whole: after a crash it has the old content or the new one."""
@@ -422,10 +460,14 @@ class Spool:
         yield
         self._own_changes[folder] = (os.fstat(descriptor).st_ctime_ns, before)
 
+    def work_path(self, key: str) -> Path:
+        """Where the container for a key is built."""
+        return self._work / key.replace("/", "_")
+
     def read_emptied(self) -> set[str]:
         """The folders that files were taken from, and that are still to be removed."""
         try:
-            return set(map(str, json.loads((self.internal / "emptied.json").read_bytes())))
+            return set(map(str, json.loads(self._emptied_path.read_bytes())))
         except FileNotFoundError:
             return set()
         except (ValueError, TypeError) as error:
@@ -434,15 +476,19 @@ class Spool:
 
     def write_emptied(self, folders: set[str]) -> None:
         """Remember the folders over a restart; to lose them leaves an empty folder behind, no more."""
-        path = self.internal / "emptied.json"
-        temporary = path.with_name(".emptied.json.tmp")
+        path = self._emptied_path
+        temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(sorted(folders)))  # json, which can spell names that are not UTF-8
         self._effect("rename emptied.json")
         os.replace(temporary, path)
 
+    @property
+    def _emptied_path(self) -> Path:
+        return self.internal / f"emptied-{self._worker}.json"
+
     def clear_work(self) -> None:
-        """Throw away what a packer that died was building."""
-        for entry in os.scandir(self.internal / "work"):
+        """Throw away what the worker that had our place before us was building."""
+        for entry in os.scandir(self._work):
             os.unlink(entry.path)
 
 

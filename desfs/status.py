@@ -37,7 +37,7 @@ from desfs.store import ObjectInfo, Store
 FIRST = 10  # problems, reasons, keys that are named; the rest is counted
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 # What a packer makes before anything else in its spool: desfs.spool.
-_SPOOL_MARKS = ("claims", "journal")
+_SPOOL_MARKS = ("claims", "workers")
 _INIT_PID_NAMESPACE = 0xEFFFFFFC  # Linux, include/linux/proc_ns.h: PROC_PID_INIT_INO
 
 
@@ -276,9 +276,10 @@ def spool_status(path: str, *, now_s: float | None = None) -> SpoolStatus:
             temporary += is_temporary(name, TEMPORARY_PATTERNS)
             # ctime, as the packer: programs set mtime, and a rename into the spool counts.
             oldest_s = status.st_ctime if oldest_s is None else min(oldest_s, status.st_ctime)
-        claimed = [status.st_size for _, status in _files(os.path.join(internal, "claims"))]
-        batches = {each.removesuffix(".json") for each in os.listdir(os.path.join(internal, "journal"))}
-        batches |= set(os.listdir(os.path.join(internal, "claims")))
+        batches = os.listdir(os.path.join(internal, "claims"))
+        claimed = [
+            status.st_size for batch in batches for _, status in _files(os.path.join(internal, "claims", batch, "files"))
+        ]
         rejected = sorted(os.listdir(os.path.join(internal, "rejected")))
         return SpoolStatus(
             place=path,
@@ -291,7 +292,7 @@ def spool_status(path: str, *, now_s: float | None = None) -> SpoolStatus:
             claimed={
                 "files": len(claimed),
                 "bytes": sum(claimed),
-                "batches": len({each for each in batches if not each.startswith(".")}),
+                "batches": len(batches),
             },
             rejected={
                 "count": len(rejected),

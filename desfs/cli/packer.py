@@ -13,7 +13,7 @@ from desfs.errors import DesfsError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from desfs.packer.worker import Summary
+    from desfs.packer.summary import Summary
 
 
 def run(spool: str, store: str, once: bool, options: dict[str, Any]) -> int:

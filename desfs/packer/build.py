@@ -122,12 +122,13 @@ def put_external(
 
 @dataclass(slots=True)
 class Built:
-    """A container file: the items in it, those that changed and go back, and those that cannot be read, with the
-    reason. `path` is None when nothing was left to write."""
+    """A container file: the items in it, those that changed and go back, those that another worker has taken, and those
+    that cannot be read, with the reason. `path` is None when nothing was left to write."""
 
     path: Path | None
     items: list[Item] = field(default_factory=list)
     changed: list[Item] = field(default_factory=list)
+    gone: list[Item] = field(default_factory=list)
     unreadable: list[tuple[Item, str]] = field(default_factory=list)
 
 
@@ -152,9 +153,9 @@ class Builder:
     def build(self, batch: str, plan: Cut, key: str) -> Built:
         """Write the container for `key` into the spool's work folder; external payloads are put into the store first.
 
-        A file that changes meanwhile, or cannot be read, is left out and named. Raises: StoreError; OSError.
+        A file that changes meanwhile, has gone, or cannot be read, is left out and named. Raises: StoreError; OSError.
         """
-        path = self._spool.internal / "work" / key.replace("/", "_")
+        path = self._spool.work_path(key)
         built = Built(path)
         self._effect(f"build {key}")
         with DesWriter(path, big_file_threshold=self._big_file_threshold) as writer:
@@ -163,6 +164,8 @@ class Builder:
                     self._add(writer, batch, item, key)
                 except (FileChanged, SizeMismatch):
                     built.changed.append(item)
+                except FileNotFoundError:
+                    built.gone.append(item)
                 except FileUnreadable as error:
                     built.unreadable.append((item, str(error)))
                 else:
@@ -175,11 +178,13 @@ class Builder:
     def _add(self, writer: DesWriter, batch: str, item: Item, key: str) -> None:
         """Add one file, read under a lease and checked afterwards.
 
-        Raises: FileChanged, SizeMismatch; FileUnreadable.
+        Raises: FileChanged, SizeMismatch; FileNotFoundError; FileUnreadable.
         """
         path = self._spool.claimed(batch, item.path)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise FileUnreadable(str(error.strerror)) from error
         with open(descriptor, "rb", buffering=0) as source:

@@ -1,10 +1,8 @@
-"""What a batch is about to do, written before it does it. Pure but for the clock of its names."""
+"""What a batch is about to do, written before it does it. Pure."""
 
 from __future__ import annotations
 
 import datetime
-import secrets
-import time
 
 import msgspec
 
@@ -62,8 +60,3 @@ class Journal(msgspec.Struct):
             if path in container.files:
                 return container, container.files[path]
         return None
-
-
-def new_batch_name() -> str:
-    """A name that sorts behind those made before it."""
-    return f"{time.time_ns():020d}-{secrets.token_hex(2)}"

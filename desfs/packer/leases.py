@@ -7,13 +7,12 @@ from datetime import date
 
 import structlog
 
-from assignment.catalog import Lease
-from assignment.client import AssignmentClient, AssignmentError
+from assignment.catalog import Catalog, Lease
+from assignment.client import AssignmentError
 from desfs.errors import DesfsError
 
 log = structlog.get_logger(__name__)
 
-LEASE_TTL_S = 60.0
 _RENEWALS_PER_TTL = 3
 
 
@@ -22,12 +21,14 @@ class LeaseBusy(DesfsError):
 
 
 class Leases:
-    """The leases that a batch needs: acquired when asked for, renewed at a third of their time to live, released at the
-    end. One that was lost raises LeaseLost at the commit: the token decides, not this."""
+    """The leases that a batch needs: acquired when asked for, renewed at a third of their time to live, released when
+    they are done with, at the latest at the end. One that was lost raises LeaseLost at the commit: the token decides,
+    not this."""
 
-    def __init__(self, client: AssignmentClient, holder: str) -> None:
-        self._client = client
+    def __init__(self, catalog: Catalog, holder: str, ttl_s: float) -> None:
+        self._catalog = catalog
         self._holder = holder
+        self._ttl_s = ttl_s
         self._leases: dict[tuple[date, str], Lease] = {}
         self._renewer: asyncio.Task[None] | None = None
 
@@ -35,11 +36,20 @@ class Leases:
         """The lease of a shard. Raises: LeaseBusy."""
         lease = self._leases.get((day, shard))
         if lease is None:
-            lease = await self._client.acquire(day, shard, self._holder, LEASE_TTL_S)
+            lease = await self._catalog.acquire(day, shard, self._holder, self._ttl_s)
             if lease is None:
                 raise LeaseBusy(f"shard {shard} of {day}: another packer works on it")
             self._leases[day, shard] = lease
         return lease
+
+    async def done_with(self, day: date, shard: str) -> None:
+        """Let others have a shard. A catalog that does not answer lets the lease pass."""
+        lease = self._leases.pop((day, shard), None)
+        if lease is not None:
+            try:
+                await self._catalog.release(lease)
+            except AssignmentError as error:
+                log.warning("a lease was not released, and will pass", shard=shard, error=str(error))
 
     async def __aenter__(self) -> Leases:
         self._renewer = asyncio.create_task(self._renew())
@@ -48,21 +58,20 @@ class Leases:
     async def __aexit__(self, *exception: object) -> None:
         assert self._renewer is not None
         self._renewer.cancel()
-        for lease in self._leases.values():
-            try:
-                await self._client.release(lease)
-            except AssignmentError as error:
-                log.warning("a lease was not released, and will pass", shard=lease.shard, error=str(error))
+        for day, shard in list(self._leases):
+            await self.done_with(day, shard)
 
     async def _renew(self) -> None:
         while True:
-            await asyncio.sleep(LEASE_TTL_S / _RENEWALS_PER_TTL)
+            await asyncio.sleep(self._ttl_s / _RENEWALS_PER_TTL)
             for place, lease in list(self._leases.items()):
                 try:
-                    renewed = await self._client.renew(lease, LEASE_TTL_S)
+                    renewed = await self._catalog.renew(lease, self._ttl_s)
                 except AssignmentError as error:
                     log.warning("a lease was not renewed", shard=lease.shard, error=str(error))
                     continue
+                if place not in self._leases:
+                    continue  # released meanwhile
                 if renewed is None:
                     log.warning("a lease was lost", shard=lease.shard)
                 else:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import structlog
 
-from assignment.client import open_embedded
+from assignment.client import AssignmentClient, open_embedded
 from desfs.errors import UsageError
+from desfs.layout import Layout
+from desfs.packer.announce import Announcer
 from desfs.packer.layout import settle_layout
-from desfs.packer.worker import Packer, Summary
+from desfs.packer.summary import Summary
+from desfs.packer.worker import Packer
 from desfs.settings import PackerSettings
 from desfs.spool import Spool
 from desfs.store import open_store
@@ -46,17 +49,19 @@ def run_packer(
     root = local_root(store_url)
     if root is not None and root.resolve().is_relative_to(spool.root.resolve()):
         raise UsageError(f"the store {store_url} is inside the spool {spool_path}: its containers would be packed")
-    spool.lock()
+    shared = settings.catalog is not None
+    spool.join(shared=shared)
     try:
-        return asyncio.run(_run(spool, store_url, settings, once, progress, effect))
+        return asyncio.run(_run(spool, store_url, settings, shared, once, progress, effect))
     finally:
-        spool.unlock()
+        spool.leave()
 
 
 async def _run(
     spool: Spool,
     store_url: str,
     settings: PackerSettings,
+    shared: bool,
     once: bool,
     progress: Callable[[Summary, int], None],
     effect: Callable[[str], None],
@@ -64,31 +69,69 @@ async def _run(
     store = open_store(store_url, settings.s3_options(), deadline_s=settings.deadline, create=True)
     try:
         layout = await asyncio.to_thread(settle_layout, store, settings.shard_bits, settings.naming)
-        client = await open_embedded(
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(await _open_client(spool, settings, layout))
+            announcer = None
+            if settings.redis is not None:
+                announcer = Announcer(settings.redis.get_secret_value(), store.url)
+                await stack.enter_async_context(announcer)
+            packer = Packer(
+                spool,
+                store,
+                client,
+                layout,
+                settings,
+                shared=shared,
+                announcer=announcer,
+                effect=effect,
+                progress=progress,
+            )
+            _stop_at_signals(packer)
+            if once:
+                return await packer.run_once()
+            log.info("packing", spool=str(spool.root), store=store.url, worker=spool.place.name)
+            return await packer.run()
+    finally:
+        store.close()
+
+
+async def _open_client(spool: Spool, settings: PackerSettings, layout: Layout) -> AssignmentClient:
+    """The embedded catalog of the spool, or the one that is named, with the service that is.
+
+    Raises: UsageError; AssignmentError.
+    """
+    if settings.catalog is None:
+        if settings.assignment is not None:
+            raise UsageError("--assignment needs --catalog: containers are committed there, not by the service")
+        return await open_embedded(
             spool.internal / "catalog.sqlite",
             shard_bits=layout.shard_bits,
             timezone=settings.timezone,
             node_id=settings.node_id,
         )
-        async with client:
-            if not settings.holder:
-                settings = settings.model_copy(update={"holder": f"{socket.gethostname()}:{spool.root}"})
-            packer = Packer(spool, store, client, layout, settings, effect=effect, progress=progress)
-            loop = asyncio.get_running_loop()
+    from assignment.connect import open_client, read_token  # with what an embedded catalog has no need of
 
-            def stop() -> None:
-                packer.stop()
-                for number in _ENDING:
-                    loop.remove_signal_handler(number)
-                    # A second one, of either kind, ends the packer at once: its journals stay. Not KeyboardInterrupt,
-                    # which would wait for threads that wait for the store.
-                    signal.signal(number, signal.SIG_DFL)
+    return await open_client(
+        settings.catalog.get_secret_value(),
+        shard_bits=layout.shard_bits,
+        timezone=settings.timezone,
+        holder=spool.place.name,
+        service_url=settings.assignment,
+        token=read_token(settings.assignment_token_file),
+        deadline_s=settings.deadline,
+    )
 
-            for number in _ENDING:
-                loop.add_signal_handler(number, stop)
-            if once:
-                return await packer.run_once()
-            log.info("packing", spool=str(spool.root), store=store.url)
-            return await packer.run()
-    finally:
-        store.close()
+
+def _stop_at_signals(packer: Packer) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        packer.stop()
+        for number in _ENDING:
+            loop.remove_signal_handler(number)
+            # A second one, of either kind, ends the packer at once: its journals stay. Not KeyboardInterrupt,
+            # which would wait for threads that wait for the store.
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in _ENDING:
+        loop.add_signal_handler(number, stop)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from assignment.catalog import ContainerRecord
+from assignment.catalog import LIVE, ContainerRecord
 from assignment.client import open_embedded
 from des_format.layout import BIG_FILES_FOLDER
 from des_format.reader import BaseReader
@@ -153,11 +153,11 @@ class Shown:
 
 
 def catalog_rows(spool: Path) -> dict[str, ContainerRecord]:
-    """The rows of a spool's catalog by their keys."""
+    """The rows of a spool's catalog by their keys, of containers that are committed."""
 
     async def read() -> list[ContainerRecord]:
         async with await open_embedded(spool / ".desfs/catalog.sqlite", shard_bits=1) as client:
-            return await client.list_containers()
+            return await client.catalog.list_containers(states=LIVE)
 
     return {record.object_key: record for record in asyncio.run(read())}
 
@@ -177,9 +177,9 @@ def unfinished(spool: Path) -> list[str]:
     internal = spool / ".desfs"
     return sorted(
         os.path.join(folder, name)
-        for top in ("claims", "journal", "work")
+        for top in ("claims", "work")
         for folder, folders, names in os.walk(internal / top)
-        for name in (*folders, *names)
+        for name in (*(folders if top == "claims" else ()), *names)
     )
 
 

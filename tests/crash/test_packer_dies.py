@@ -1,4 +1,4 @@
-"""desfs/packer/worker.py, its table: wherever the packer dies, each file is packed once and none is lost."""
+"""desfs/packer/publish.py, its table: wherever the packer dies, each file is packed once and none is lost."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def worlds(request: pytest.FixtureRequest, forks: PackerForks, tmp_path: Path) -
 def test_wherever_the_packer_dies_every_file_is_packed_once(worlds: Worlds, forks: PackerForks) -> None:
     """docs/semantics.md: Killed at any moment and started again, the packer neither loses nor doubles a file.
 
-    desfs/packer/worker.py: whatever a packer died before, the next one finishes it: each file is shown once, with its
+    desfs/packer/publish.py: whatever a packer died before, the next one finishes it: each file is shown once, with its
     bytes; the spool is empty; each object has its row."""
     for n in itertools.count(1):
         world = worlds.fresh()
@@ -139,7 +139,7 @@ def test_wherever_the_packer_dies_every_file_is_packed_once(worlds: Worlds, fork
 
 
 def test_a_packer_that_dies_while_it_recovers_is_recovered_as_well(worlds: Worlds, forks: PackerForks) -> None:
-    """desfs/packer/worker.py: a second death, at any effect of the recovery, is like the first. Two deaths around a
+    """desfs/packer/publish.py: a second death, at any effect of the recovery, is like the first. Two deaths around a
     commit can leave one object for the collector."""
     chosen = random.Random(0)
     total = len(worlds.fresh().pack(forks).effects)
@@ -194,7 +194,7 @@ def _first_of_each_kind(effects: tuple[str, ...]) -> dict[int, str]:
 def test_a_packer_that_dies_over_s3_is_recovered(
     naming: str, s3: servers.S3Server, bucket: str, tmp_path: Path
 ) -> None:
-    """desfs/packer/worker.py: the same in S3, for the first of each kind of effect that the store sees or that follows
+    """desfs/packer/publish.py: the same in S3, for the first of each kind of effect that the store sees or that follows
     one."""
     settings = {**SETTINGS, "naming": naming, "endpoint_url": s3.endpoint_url}
     with pytest.MonkeyPatch.context() as patch, packer_forks(s3.environ()) as forks:

@@ -15,7 +15,6 @@ import pytest
 
 from desfs.cli.status import mount_lines, spool_lines, store_lines
 from desfs.errors import DesfsError, UsageError
-from desfs.packer.journal import new_batch_name
 from desfs.spool import Spool
 from desfs.status import (
     MountStatus,
@@ -164,11 +163,13 @@ def spool(tmp_path: Path) -> Spool:
     spool = Spool(root)
     for name, size in {"photos/a": 10, "b": 20, "c.tmp": 30, "taken": 40, "odd: name": 50, "e": 1}.items():
         (root / name).write_bytes(bytes(size))
-    batch = new_batch_name()
+    spool.join()
+    batch = spool.new_batch()
     assert spool.claim("taken", batch)
     spool.journal_path(batch).write_text("{}")
     spool.reject("odd: name", "a socket: no")
     spool.reject("e", "too large")
+    spool.leave()
     (root / "photos/.desfs").mkdir()
     return spool
 
@@ -197,14 +198,14 @@ def test_whether_a_packer_is_at_work_is_told_without_its_lock(
     spool: Spool, announced_logs: list[str], tmp_path: Path
 ) -> None:
     announced_logs.append("put aside")
-    spool.lock()
+    spool.join()
     try:
         assert spool_status(str(spool.root)).packer == {"running": True, "pid": os.getpid()}
     finally:
-        spool.unlock()
+        spool.leave()
     assert spool_status(str(spool.root)).packer == {"running": False, "pid": None}
-    spool.lock()  # nobody took it
-    spool.unlock()
+    spool.join()  # nobody took it
+    spool.leave()
 
 
 def test_the_age_of_a_file_is_the_time_since_it_was_touched(spool: Spool, announced_logs: list[str]) -> None:

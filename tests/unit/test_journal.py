@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from desfs.packer.journal import VERSION, Journal, JournalContainer, JournalFile, new_batch_name
+from desfs.packer.journal import VERSION, Journal, JournalContainer, JournalFile
 from desfs.spool import FileState
 
 FILES = st.builds(
@@ -61,11 +61,3 @@ def test_a_path_is_found_in_its_container() -> None:
     assert journal.file_of("a") == (first, file)
     assert journal.file_of("c") is None
     assert file.state == FileState(7, 8, 9)
-
-
-def test_batches_sort_by_their_age() -> None:
-    """Batches are recovered oldest first; their names say which is older."""
-    names = [new_batch_name() for _ in range(100)]
-    assert [name.partition("-")[0] for name in names] == sorted(name.partition("-")[0] for name in names)
-    assert len(set(names)) == 100
-    assert len(names[0]) <= 32  # as `spool` reckons when it looks whether a path fits

@@ -34,7 +34,8 @@ from desfs.errors import StoreError, UsageError
 from desfs.packer.build import Checksums, FileUnreadable
 from desfs.packer.layout import settle_layout
 from desfs.packer.run import run_packer
-from desfs.packer.worker import Packer, Summary
+from desfs.packer.summary import Summary
+from desfs.packer.worker import Packer
 from desfs.settings import PackerSettings
 from desfs.spool import Spool
 from desfs.store import open_store
@@ -88,10 +89,14 @@ def packer_on(spool: Path, store: FaultyStore, *, deadline_s: float = 30.0, **se
 
     async def run() -> Summary:
         opened = Spool(spool, settle_s=parsed.settle)
-        layout = settle_layout(retrying, parsed.shard_bits, parsed.naming)
-        catalog = opened.internal / "catalog.sqlite"
-        async with await open_embedded(catalog, shard_bits=layout.shard_bits, node_id=parsed.node_id) as client:
-            return await Packer(opened, retrying, client, layout, parsed).run_once()
+        opened.join()
+        try:
+            layout = settle_layout(retrying, parsed.shard_bits, parsed.naming)
+            catalog = opened.internal / "catalog.sqlite"
+            async with await open_embedded(catalog, shard_bits=layout.shard_bits, node_id=parsed.node_id) as client:
+                return await Packer(opened, retrying, client, layout, parsed).run_once()
+        finally:
+            opened.leave()
 
     return asyncio.run(run())
 
@@ -328,7 +333,7 @@ def test_what_is_written_to_after_it_was_packed_is_packed_again(spool: Path, sto
     def effect(name: str) -> None:
         if name.startswith("commit") and not done:
             done.append(name)
-            (path,) = (spool / ".desfs/claims").glob("*/d/file")
+            (path,) = (spool / ".desfs/claims").glob("*/files/d/file")
             with open(path, "ab") as file:
                 file.write(b" and more")
 
@@ -347,7 +352,7 @@ def test_a_file_that_changes_while_it_is_read_goes_back(spool: Path, store: Path
     def effect(name: str) -> None:
         if name.startswith("build") and not done:
             done.append(name)
-            (path,) = (spool / ".desfs/claims").glob("*/d/changing")
+            (path,) = (spool / ".desfs/claims").glob("*/files/d/changing")
             with open(path, "ab") as file:
                 file.write(b", and more")
 
@@ -472,7 +477,7 @@ def test_a_file_that_was_left_out_is_not_deleted_with_the_others(spool: Path, st
 
     def effect(name: str) -> None:
         if name.startswith("build"):
-            (path,) = (spool / ".desfs/claims").glob("*/d/opened")
+            (path,) = (spool / ".desfs/claims").glob("*/files/d/opened")
             held.append(os.open(path, os.O_WRONLY))  # opened, not changed
         if name.startswith("commit"):
             raise Died
@@ -498,7 +503,7 @@ def test_failed_rounds_do_not_fill_the_disk(spool: Path, store: Path, script: st
         faulty.script = script
         with pytest.raises(StoreError, match="scripted fault"):
             packer_on(spool, faulty, deadline_s=0.1, big_file_threshold=4096)
-        assert os.listdir(spool / ".desfs/work") == []
+        assert not [name for name in unfinished(spool) if "/work/" in name]
     faulty.script = "ok"
     assert packer_on(spool, faulty, big_file_threshold=4096).files == 4
     assert len(shown(store).contents) == 4
@@ -508,8 +513,8 @@ def test_failed_rounds_do_not_fill_the_disk(spool: Path, store: Path, script: st
 def test_a_damaged_journal_stops_its_own_batch_alone(spool: Path, store: Path) -> None:
     """What a disk has damaged stays where it is, and is named; other batches, and new files, are packed."""
     for batch in ("1-damaged", "2-sound"):
-        write(spool / ".desfs/claims" / batch / f"d/{batch}", batch.encode())
-    damaged = write(spool / ".desfs/journal/1-damaged.json", b'{"version":1,"containers":[{"key')
+        write(spool / ".desfs/claims" / batch / f"files/d/{batch}", batch.encode())
+    damaged = write(spool / ".desfs/claims/1-damaged/journal.json", b'{"version":1,"containers":[{"key')
     write(spool / "d/new", b"new")
     done = once(spool, store)
     assert done.returncode == 1
@@ -517,7 +522,7 @@ def test_a_damaged_journal_stops_its_own_batch_alone(spool: Path, store: Path) -
     assert "1-damaged stays in .desfs" in done.stderr
     assert str(damaged) in done.stderr
     assert shown(store).contents == {"d/2-sound": b"2-sound", "d/new": b"new"}
-    assert (spool / ".desfs/claims/1-damaged/d/1-damaged").read_bytes() == b"1-damaged"
+    assert (spool / ".desfs/claims/1-damaged/files/d/1-damaged").read_bytes() == b"1-damaged"
     assert damaged.exists()
     damaged.unlink()
     assert not pack(spool, store).failures
@@ -529,7 +534,7 @@ def test_a_damaged_journal_stops_its_own_batch_alone(spool: Path, store: Path) -
 
 def tampered(spool: Path, store: Path, path: str, inject: str) -> subprocess.CompletedProcess[str]:
     """`packer --once` over a batch that is claimed already, of which read(2) of one file answers otherwise."""
-    claimed = spool / ".desfs/claims/1-earlier" / path
+    claimed = spool / ".desfs/claims/1-earlier/files" / path
     command = ["strace", "-f", "-qq", "-o", os.devnull, "-P", claimed, "-e", f"inject=read:{inject}"]
     packer = [PROGRAM, "packer", "--once", "--spool", spool, "--store", store, "--settle", "0", "--shard-bits", "1"]
     return subprocess.run(
@@ -544,7 +549,7 @@ SIZES = pytest.mark.parametrize("size", [1000, 6 * 1024 * 1024], ids=["in memory
 def test_a_file_that_cannot_be_read_is_put_aside_and_the_others_go_on(spool: Path, store: Path, size: int) -> None:
     """A disk's EIO in one file: it is put aside with the reason, nothing of it is in the container."""
     for name in ("a", "bad", "z"):
-        write(spool / f".desfs/claims/1-earlier/d/{name}", name.encode() * size)
+        write(spool / f".desfs/claims/1-earlier/files/d/{name}", name.encode() * size)
     done = tampered(spool, store, "d/bad", f"error=EIO:when={2 if size > 1000 else 1}+")
     assert done.returncode == 0, done.stderr
     assert "1 put aside in .desfs/rejected" in done.stdout
@@ -559,7 +564,7 @@ def test_a_file_that_gets_shorter_while_it_is_read_is_packed_in_the_next_round(
 ) -> None:
     """Where the file system has no leases, nothing keeps a program from truncating a file while it is streamed."""
     for name in ("a", "short", "z"):
-        write(spool / f".desfs/claims/1-earlier/d/{name}", name.encode() * size)
+        write(spool / f".desfs/claims/1-earlier/files/d/{name}", name.encode() * size)
     done = tampered(spool, store, "d/short", f"retval=0:when={2 if size > 1000 else 1}+")
     assert (done.returncode, done.stderr) == (0, "")
     found = shown(store)
@@ -573,7 +578,7 @@ def test_a_file_that_gets_shorter_while_it_is_read_is_packed_in_the_next_round(
 def test_a_claimed_file_that_went_away_does_not_stop_the_others(spool: Path, store: Path, others: bool) -> None:
     def effect(name: str) -> None:
         if name.startswith("build"):
-            for path in (spool / ".desfs/claims").glob("*/d/gone"):
+            for path in (spool / ".desfs/claims").glob("*/files/d/gone"):
                 path.unlink()
 
     for name in ("a", "gone", "z") if others else ("gone",):
@@ -841,11 +846,11 @@ def test_a_second_packer_ends_and_says_why(spool: Path, store: Path) -> None:
 @contextlib.contextmanager
 def spool_lock(spool: Path) -> Iterator[None]:
     opened = Spool(spool)
-    opened.lock()
+    opened.join()
     try:
         yield
     finally:
-        opened.unlock()
+        opened.leave()
 
 
 @contextlib.contextmanager

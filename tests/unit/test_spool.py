@@ -57,9 +57,11 @@ def spool(root: Path) -> Iterator[Spool]:
 
 def _opened(root: Path, **options: object) -> Iterator[Spool]:
     before = signal.getsignal(signal.SIGIO)
+    spool = Spool(root, **{"settle_s": 0.0, **options})  # type: ignore[arg-type]
     try:
-        yield Spool(root, **{"settle_s": 0.0, **options})  # type: ignore[arg-type]
+        yield spool
     finally:
+        spool.leave()
         signal.signal(signal.SIGIO, before)
 
 
@@ -98,12 +100,12 @@ def test_a_second_packer_is_kept_out(root: Path) -> None:
 
     The next one is told so, and gets it when the first has ended."""
     with spool_with(root) as first, spool_with(root) as second:
-        first.lock()
+        first.join()
         with pytest.raises(UsageError, match="another packer is at work"):
-            second.lock()
-        first.unlock()
-        second.lock()
-        second.unlock()
+            second.join()
+        first.leave()
+        second.join()
+        second.leave()
 
 
 def test_the_scan_goes_folder_by_folder_and_leaves_out_the_packers_own(spool: Spool, root: Path) -> None:
@@ -490,6 +492,7 @@ def test_a_journal_is_replaced_as_a_whole(root: Path) -> None:
 
         with spool_with(root, effect=effect) as spool:
             path = spool.journal_path("batch")
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"old")
             with contextlib.suppress(KeyboardInterrupt):
                 spool.write_durably(path, b"new")
@@ -540,18 +543,21 @@ def test_a_folder_in_use_is_left_until_a_file_is_taken_from_it(spool: Spool, roo
 
 def test_the_list_of_emptied_folders_survives_a_restart(spool: Spool, root: Path) -> None:
     """Names of every kind come back; a damaged list is empty."""
+    path = root / f".desfs/emptied-{spool.join().number}.json"
     folders = {"a", "a/ä", os.fsdecode(b"bad-\xff"), 'with "quotes"\n'}
     spool.write_emptied(folders)
     assert spool.read_emptied() == folders
     for damaged in (b"", b"{", b"\xff", b"7"):
-        (root / ".desfs/emptied.json").write_bytes(damaged)
+        path.write_bytes(damaged)
         assert spool.read_emptied() == set()
-    (root / ".desfs/emptied.json").unlink()
+    path.unlink()
     assert spool.read_emptied() == set()
 
 
 def test_what_was_being_built_is_thrown_away(spool: Spool, root: Path) -> None:
-    """`work/` is worth nothing after a crash."""
-    write(root / ".desfs/work/half.des")
+    """`work/` is worth nothing after a crash; what another worker builds is its own."""
+    mine, other = spool.join().number, write(root / ".desfs/work/another/half.des")
+    write(root / f".desfs/work/{mine}/half.des")
     spool.clear_work()
-    assert list((root / ".desfs/work").iterdir()) == []
+    assert list((root / f".desfs/work/{mine}").iterdir()) == []
+    assert other.exists()
