@@ -316,11 +316,12 @@ class Spool:
         return self.internal / "claims" / batch
 
     def give_back(self, batch: str, path: str) -> bool:
-        """Put a claimed file where it was; False, and it stays claimed, when a newer one has taken its place."""
+        """Put a claimed file where it was; False, and it stays claimed, when a newer one has taken its place. One that
+        another worker has taken over is left to it."""
         folder, _, name = path.rpartition("/")
         self._effect(f"give back {path}")
         try:
-            with self._opened(folder, make=True) as above:
+            with self._opened(folder, make=True) as above, suppress(FileNotFoundError):
                 _rename_to_free_name(self.claimed(batch, path), name, above)
         except (FileExistsError, NotADirectoryError):
             return False
@@ -418,7 +419,8 @@ class Spool:
         except FileNotFoundError:
             return True
         self._effect(f"unlink {path}")
-        os.unlink(source)
+        with suppress(FileNotFoundError):  # another worker took it over meanwhile, and has deleted it
+            os.unlink(source)
         return True
 
     def remove_emptied(self, folders: set[str]) -> set[str]:
@@ -464,10 +466,11 @@ class Spool:
         """Where the container for a key is built."""
         return self._work / key.replace("/", "_")
 
-    def read_emptied(self) -> set[str]:
-        """The folders that files were taken from, and that are still to be removed."""
+    def read_emptied(self, worker: str | None = None) -> set[str]:
+        """The folders that files were taken from, by us or by the worker of that number, and that are still to be
+        removed."""
         try:
-            return set(map(str, json.loads(self._emptied_path.read_bytes())))
+            return set(map(str, json.loads(self._emptied_path(worker or self._worker).read_bytes())))
         except FileNotFoundError:
             return set()
         except (ValueError, TypeError) as error:
@@ -476,15 +479,14 @@ class Spool:
 
     def write_emptied(self, folders: set[str]) -> None:
         """Remember the folders over a restart; to lose them leaves an empty folder behind, no more."""
-        path = self._emptied_path
+        path = self._emptied_path(self._worker)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(sorted(folders)))  # json, which can spell names that are not UTF-8
         self._effect("rename emptied.json")
         os.replace(temporary, path)
 
-    @property
-    def _emptied_path(self) -> Path:
-        return self.internal / f"emptied-{self._worker}.json"
+    def _emptied_path(self, worker: str) -> Path:
+        return self.internal / f"emptied-{worker}.json"
 
     def clear_work(self) -> None:
         """Throw away what the worker that had our place before us was building."""

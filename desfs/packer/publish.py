@@ -60,6 +60,10 @@ log = structlog.get_logger(__name__)
 _PARALLEL = 4  # containers built and put at a time: two cores' worth of hashing, and uploads beside it
 
 
+class BatchTaken(DesfsError):
+    """Another worker took us for dead, and has the batch now: it is its to finish."""
+
+
 class Publisher:
     """Brings the batches of one worker to their end. `effect` is called before each change that others can see: tests
     die there."""
@@ -99,8 +103,8 @@ class Publisher:
         """Bring a batch from whatever state it is in to its end; False when it has to be tried again, because others
         hold some of its shards.
 
-        Raises: StoreError, AssignmentError (LeaseLost is one): the batch stays, to be tried again; DesfsError for a
-        journal that is damaged; DesFormatError; OSError.
+        Raises: BatchTaken; StoreError, AssignmentError (LeaseLost is one): the batch stays, to be tried again;
+        DesfsError for a journal that is damaged; DesFormatError; OSError.
         """
         old = await asyncio.to_thread(self._read_journal, batch)
         async with Leases(self._catalog, self._holder, self._settings.lease_ttl) as leases:
@@ -325,8 +329,12 @@ class Publisher:
             log.info("an answer of the catalog was lost; the row is there", key=record.object_key)
 
     async def _write_journal(self, batch: str, journal: Journal) -> None:
+        path = self._spool.journal_path(batch)
         async with self._journal_lock:  # the containers of a batch are published side by side
-            await asyncio.to_thread(self._spool.write_durably, self._spool.journal_path(batch), journal.encode())
+            try:
+                await asyncio.to_thread(self._spool.write_durably, path, journal.encode())
+            except FileNotFoundError as error:
+                raise BatchTaken(f"batch {batch}: another worker has taken it over") from error
 
     def _after_commit(self, batch: str, built: Built) -> None:
         for item in built.items:

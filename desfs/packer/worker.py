@@ -16,18 +16,19 @@ from typing import Any
 
 import structlog
 
-from assignment.client import AssignmentClient, AssignmentError
+from assignment.client import AssignmentClient, AssignmentError, LeaseLost
 from des_format.errors import DesFormatError
 from desfs.errors import DesfsError, StoreError
 from desfs.file_lease import LeaseRefused
 from desfs.layout import Layout
 from desfs.packer.announce import Announcer
 from desfs.packer.membership import Membership
-from desfs.packer.publish import Publisher
+from desfs.packer.publish import BatchTaken, Publisher
 from desfs.packer.summary import Summary
 from desfs.packer.wake import Waker
 from desfs.settings import PackerSettings
 from desfs.spool import Found, Kind, Spool
+from desfs.spool_workers import worker_number_of
 from desfs.store.retrying import Retrying
 
 log = structlog.get_logger(__name__)
@@ -217,9 +218,20 @@ class Packer:
             if await asyncio.to_thread(
                 self._claim, batch, settled[start : start + self._settings.max_batch_files]
             ):
-                is_whole &= await self._publisher.publish(batch)
+                is_whole &= await self._publish(batch)
                 self._progress(self.summary, -1)
         return is_whole
+
+    async def _publish(self, batch: str) -> bool:
+        """Bring a batch to its end; False when it has to be tried again."""
+        try:
+            return await self._publisher.publish(batch)
+        except LeaseLost as error:
+            log.warning("a lease passed while its shard was packed: the batch is tried again", reason=str(error))
+            return False
+        except BatchTaken as error:
+            log.warning("this worker was taken for dead", reason=str(error))
+            return True
 
     def _held_paths(self, *, but: str = "") -> set[str]:
         """Files of which an older version is still claimed."""
@@ -262,17 +274,23 @@ class Packer:
                 continue
             mine: str | None = batch
             if not self._membership.is_ours(batch):
-                mine = await asyncio.to_thread(self._spool.take_over, batch)
-                log.info("took over the batch of a worker that has died", batch=batch, now=mine)
+                mine = await asyncio.to_thread(self._take_over, batch)
             if mine is None:
                 continue
             try:
-                is_whole &= await self._publisher.publish(mine)
+                is_whole &= await self._publish(mine)
             except (StoreError, AssignmentError):
                 raise  # the next batch would fare no better
             except (DesfsError, DesFormatError, OSError) as error:
                 self.summary.fail(f"batch {mine} stays in .desfs: {error}")
         return is_whole
+
+    def _take_over(self, batch: str) -> str | None:
+        mine = self._spool.take_over(batch)
+        if mine is not None:
+            log.info("took over the batch of a worker that has died", batch=batch, now=mine)
+            self.summary.emptied |= self._spool.read_emptied(worker_number_of(batch))
+        return mine
 
     def _published(self, day: date, shard: str) -> None:
         if self._announcer is not None:
