@@ -6,7 +6,7 @@ PIP_INSTALL := -m pip -qq --disable-pip-version-check --no-input install --no-ca
 PIP := $(BIN)/python $(PIP_INSTALL)
 
 RUN_PACKAGES := python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3
-TEST_PACKAGES := $(RUN_PACKAGES) redis-server rsync attr strace systemd
+TEST_PACKAGES := $(RUN_PACKAGES) redis-server postgresql rsync attr strace systemd
 
 # What an installation is made from, besides the modules themselves.
 INSTALLED := setup.cfg pyproject.toml setup.py desfs/_levers.c

@@ -84,6 +84,7 @@ class PostgresCatalog(SqlCatalog):
             "postgresql+asyncpg://",
             async_creator=lambda: self._connect(self._command_timeout_s),
             isolation_level="READ COMMITTED",  # what the locks are made for, whatever the server's default is
+            hide_parameters=True,  # in messages
             pool_size=self._pool_size,
             max_overflow=0,
             pool_timeout=self._command_timeout_s,

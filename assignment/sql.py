@@ -79,7 +79,6 @@ T = TypeVar("T")
 C = TypeVar("C", bound="SqlCatalog")
 
 _NODES = 256  # what the 8 bits of a name's node field hold
-_REPLACEABLE = (ContainerState.UPLOADING, ContainerState.DELETED)
 
 
 def to_the_end(
@@ -344,7 +343,8 @@ class SqlCatalog(ABC):
         return fresh.on_conflict_do_update(
             index_elements=[container.c.object_key],
             set_={name: fresh.excluded[name] for name in names},
-            where=container.c.state.in_(_REPLACEABLE),
+            # Not in_(), whose length SQLAlchemy settles per execution, and not for many rows at once.
+            where=or_(container.c.state == ContainerState.UPLOADING, container.c.state == ContainerState.DELETED),
         )
 
     @to_the_end

@@ -72,6 +72,7 @@ class SqliteCatalog(SqlCatalog):
             URL.create("sqlite+aiosqlite", database=str(self.path)),
             connect_args={"timeout": self._busy_timeout_s},
             pool_timeout=self._busy_timeout_s,
+            hide_parameters=True,  # in messages
         )
         _listen(self._engine.sync_engine)
 

@@ -7,6 +7,7 @@ with it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -23,7 +24,7 @@ from tests import servers
 from tests.fakes.certificates import make_certificate
 
 OWN_LOGGERS = ("des_format", "desfs", "assignment")
-MARKERS = {"s3": "s3", "bucket": "s3", "redis": "redis", "mount_dir": "fuse"}
+MARKERS = {"s3": "s3", "bucket": "s3", "redis": "redis", "postgres_session": "postgres", "mount_dir": "fuse"}
 # Daemons that were told to end may still be at it when the last test is over.
 END_S = 5.0
 
@@ -125,6 +126,28 @@ def redis(redis_session: servers.RedisServer) -> servers.RedisServer:
     with redis_session.client() as client:
         client.flushall()
     return redis_session
+
+
+@pytest.fixture(scope="session")
+def postgres_session() -> Iterator[servers.PostgresServer]:
+    """One Postgres for the whole run. Its database `catalog` is an empty catalog: a template, which nobody opens.
+
+    A test that stops the server starts it again.
+    """
+    from assignment.opening import migrate  # sqlalchemy takes a while, and few tests need it
+
+    with servers.postgres_server() as server:
+        server.run("CREATE DATABASE catalog")
+        asyncio.run(migrate(server.url("catalog")))
+        yield server
+
+
+@pytest.fixture
+def postgres(postgres_session: servers.PostgresServer) -> Iterator[str]:
+    """The URL of an empty catalog in the run's Postgres, dropped afterwards."""
+    database = postgres_session.new_database("catalog")
+    yield postgres_session.url(database)
+    postgres_session.drop_database(database)
 
 
 @pytest.fixture
