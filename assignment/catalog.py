@@ -33,7 +33,7 @@ class ContainerState(StrEnum):
         uploading ─► deleted                     an orphan
 
     `committed` and `sealed` ones are the day's content. A `superseded` one is merged into another, and its object goes
-    after a grace period. The row of a `deleted` one stays for a while: it tells an object that comes late for an orphan.
+    after a grace period. The row of a `deleted` one stays for a while: an object that comes late is an orphan by it.
     """
 
     UPLOADING = "uploading"
@@ -67,7 +67,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class ShardHolder:
-    """Who holds a shard's lease now, or held it last: `holds` by the database's clock. For people, not for decisions."""
+    """Who holds a shard's lease, or held it last; `holds` by the database's clock. For people, not for decisions."""
 
     day: date
     shard: str

@@ -59,7 +59,7 @@ class Assignment:
 
 
 class AssignmentClient(Protocol):
-    """Assignments, and the catalog with its leases. Asyncio; many tasks may use one client. An async context manager."""
+    """Assignments, and the catalog with its leases. Asyncio; many tasks may use one. An async context manager."""
 
     @property
     def catalog(self) -> Catalog:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 from des_format.blocks import BlockSummer
 from des_format.codec import Buffer, build_footer, build_header, build_record, encode_meta
 from des_format.errors import InvalidMeta, SizeMismatch, WriterClosed
-from des_format.layout import BIG_FILE_THRESHOLD, EXTERNAL, HEADER, Footer
+from des_format.layout import BIG_FILE_THRESHOLD, DELETED, EXTERNAL, HEADER, Footer
 from des_format.names import check_writable, external_key
 
 _COPY_CHUNK = 1024 * 1024
@@ -192,6 +192,15 @@ class DesWriter:
         raw_name = self._check(name)
         encoded = encode_meta(meta, size, key if key is not None else self._external_key(name))
         self._append(raw_name, 0, size, encoded, EXTERNAL)
+
+    def add_deleted(self, name: str, meta: Meta = None) -> None:
+        """Add a tombstone: no older entry of the name is shown, neither of this container nor of those before it.
+
+        Raises: InvalidEntryName, InvalidMeta (the container can be continued without the entry).
+        """
+        raw_name = self._check(name)
+        # Where an empty payload would lie: a reader that knows no flags finds a sound record.
+        self._append(raw_name, self._position, 0, encode_meta(meta, 0), DELETED)
 
     def close(self) -> None:
         """Finish the container and give it its name; durable when this returns. Calling it again does nothing.

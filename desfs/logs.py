@@ -12,12 +12,12 @@ from typing import Any
 import structlog
 
 from desfs.errors import UsageError
-from desfs.settings import StoreSettings
+from desfs.settings import ProgramSettings
 
 _SYSLOG = "/dev/log"
 
 
-def configure_logs(settings: StoreSettings, *, detached: bool = False) -> None:
+def configure_logs(settings: ProgramSettings, *, detached: bool = False) -> None:
     """Send everything, of the libraries too, to stderr or `log_file`; a daemon without a terminal and without a file
     logs to the system's log, where there is one. Called again, it opens a `log_file` that was moved away anew. Raises:
     UsageError for one that cannot be opened."""

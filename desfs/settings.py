@@ -197,6 +197,8 @@ class PackerSettings(StoreSettings):
     lease_ttl: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     rescan_interval: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     redis: Redis | None = None
+    max_parts: int = Field(default=16, ge=2)
+    delete_grace: float = Field(default=30.0, ge=0, allow_inf_nan=False)
 
 
 class ImportSettings(StoreSettings):
@@ -228,6 +230,20 @@ class ExpireSettings(CatalogSettings):
 
     older_than: Days
     timezone: Timezone = "UTC"
+
+
+class SealSettings(CatalogSettings):
+    """Options of `desfs seal`. Sizes are bytes, times seconds: from a day's end to when it is sealed, from when a
+    container was merged to when its object goes, and how old an object of its own is that no container names any more
+    before it goes."""
+
+    wait: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # what others work on is the next run's
+    timezone: Timezone = "UTC"
+    seal_grace: float = Field(default=3600.0, ge=0, allow_inf_nan=False)
+    delete_grace: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    orphan_grace: float = Field(default=86_400.0, ge=0, allow_inf_nan=False)
+    max_sealed_bytes: Annotated[Size, Field(ge=1)] = 64 * 1024**3
+    max_sealed_files: int = Field(default=1_000_000, ge=1)  # some 500 MB of memory while they are merged (measured)
 
 
 class VerifySettings(CatalogSettings):
@@ -266,6 +282,7 @@ SECTIONS: dict[str, type[ProgramSettings]] = {
     "assignment": AssignmentSettings,
     "rm": RemovalSettings,
     "expire": ExpireSettings,
+    "seal": SealSettings,
     "verify": VerifySettings,
 }
 
@@ -280,8 +297,8 @@ def load_settings(kind: type[S], given: Mapping[str, Any], name_of: Callable[[st
     """
     if has_password(str(given.get("catalog", ""))):
         raise UsageError(
-            f"{name_of('catalog')}: everybody sees a password on a command line: set {_PREFIX}CATALOG, or write it into "
-            "the settings file"
+            f"{name_of('catalog')}: everybody sees a password on a command line: set {_PREFIX}CATALOG, or write it "
+            "into the settings file"
         )
     path = config_path(given)
     from_file = read_config(path, kind) if path else {}

@@ -32,10 +32,11 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby
 from pathlib import Path
 
 import structlog
@@ -43,7 +44,7 @@ import structlog
 from des_format.errors import InvalidEntryName
 from des_format.names import MAX_PATH, check_writable
 from desfs.errors import DesfsError, UsageError
-from desfs.file_lease import lease_is_broken, take_lease
+from desfs.file_lease import LeaseRefused, lease_is_broken, take_lease
 from desfs.spool_workers import WorkerPlace
 
 log = structlog.get_logger(__name__)
@@ -62,6 +63,7 @@ _RENAME_NOREPLACE = 1  # renameat2(2)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Effect = Callable[[str], None]
+Refused = Callable[[str, OSError | LeaseRefused], None]
 
 
 class FileChanged(DesfsError):
@@ -100,6 +102,9 @@ class FileState:
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+ClaimedFiles = dict[str, FileState]
 
 
 def is_temporary(path: str, patterns: tuple[str, ...] = TEMPORARY_PATTERNS) -> bool:
@@ -150,6 +155,7 @@ class Spool:
         if not self.root.is_dir():
             raise UsageError(f"spool {root} is no directory")
         self.internal = self.root / INTERNAL
+        self._claims = str(self.internal / "claims")
         # Claims are reached by their whole path, which the kernel takes up to MAX_PATH.
         self._max_path = MAX_PATH - len(os.fsencode(self.root)) - _CLAIM_PREFIX
         self._settle_s = settle_s
@@ -274,43 +280,59 @@ class Spool:
             kind = Kind.TEMPORARY
         return Found(path, kind, status.st_size, age_s)
 
-    def claim(self, path: str, batch: str) -> bool:
-        """Take a file: False if it went away or became something else, is held open by a writer, or somebody is about
-        to write to it.
+    def claim(self, paths: Iterable[str], batch: str, refused: Refused = lambda path, error: None) -> ClaimedFiles:
+        """Take files; those that were taken, each in its state. Left out is what went away or became something else,
+        is held open by a writer, or somebody is about to write to.
 
-        Raises: PermissionError for a file that we may not read; LeaseRefused for one of another user; OSError.
+        `refused` is told of each that could not be taken: PermissionError for a file that we may not read, LeaseRefused
+        for one of another user, other OSErrors.
         """
-        folder, _, name = path.rpartition("/")
-        try:
-            with self._opened(folder) as above:
-                return self._claim_in(above, name, path, batch)
-        except OSError as error:
-            if error.errno in _EXCHANGED:
-                return False  # the next scan will see what it is
-            raise
+        taken: ClaimedFiles = {}
+        for folder, below in groupby(paths, _folder_of):
+            names = list(below)
+            try:
+                with self._opened(folder) as above, self._own_change(folder, above):
+                    target = f"{self._files(batch)}/{folder}".rstrip("/")
+                    os.makedirs(target, exist_ok=True)
+                    for path in names:
+                        self._claim_in(above, path, target, batch, taken, refused)
+            except OSError as error:
+                if error.errno not in _EXCHANGED:  # else the next scan will see what it is
+                    for path in names:
+                        refused(path, error)
+        return taken
 
-    def _claim_in(self, above: int, name: str, path: str, batch: str) -> bool:
-        descriptor = os.open(name, _FILE, dir_fd=above)
+    def _claim_in(self, above: int, path: str, target: str, batch: str, taken: ClaimedFiles, refused: Refused) -> None:
+        name = path.rpartition("/")[2]
+        target = f"{target}/{name}"
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not take_lease(descriptor):
-                return False
-            target = self.claimed(batch, path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._effect(f"claim {path}")
-            with self._own_change(os.path.dirname(path), above):
+            descriptor = os.open(name, _FILE, dir_fd=above)
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not take_lease(descriptor):
+                    return
+                self._effect(f"claim {path}")
                 os.rename(name, target, src_dir_fd=above)
-            # Either a writer opened the path before the rename, and waits for us; or the rename took another file than
-            # the one that was opened, which may be held open.
-            if lease_is_broken(descriptor) or not os.path.samestat(os.fstat(descriptor), os.lstat(target)):
-                self.give_back(batch, path)
-                return False
-            return True
-        finally:
-            os.close(descriptor)
+                # Either a writer opened the path before the rename, and waits for us; or the rename took another file
+                # than the one that was opened, which may be held open.
+                status = os.lstat(target)
+                if lease_is_broken(descriptor) or not os.path.samestat(os.fstat(descriptor), status):
+                    self.give_back(batch, path)
+                else:
+                    taken[path] = FileState.of(status)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in _EXCHANGED:
+                refused(path, error)
+        except LeaseRefused as error:
+            refused(path, error)
 
-    def claimed(self, batch: str, path: str) -> Path:
+    def claimed(self, batch: str, path: str) -> str:
         """Where a claimed file is."""
-        return self._batch(batch) / "files" / path
+        return f"{self._files(batch)}/{path}"
+
+    def _files(self, batch: str) -> str:
+        return f"{self._claims}/{batch}/files"
 
     def _batch(self, batch: str) -> Path:
         return self.internal / "claims" / batch
@@ -355,7 +377,7 @@ class Spool:
 
     def claims(self, batch: str) -> list[str]:
         """The paths of a batch's files, ascending."""
-        root = self._batch(batch) / "files"
+        root = self._files(batch)
         paths = []
         for folder, _, names in os.walk(root):
             below = os.path.relpath(folder, root)
@@ -378,11 +400,11 @@ class Spool:
 
     def finish(self, batch: str) -> None:
         """Forget a batch whose files have all left it: its folders, then its journal."""
-        root = self._batch(batch) / "files"
+        root = self._files(batch)
         for folder, _, names in os.walk(root, topdown=False):
             if not names:
                 _remove_empty(Path(folder))
-        if not root.exists():
+        if not os.path.lexists(root):
             self._effect(f"remove journal {batch}")
             self.journal_path(batch).unlink(missing_ok=True)
             for temporary in self._batch(batch).glob(".*.tmp"):  # of a worker that died while it wrote
@@ -501,14 +523,18 @@ def _with_parents(folder: str) -> Iterator[str]:
         folder = folder.rpartition("/")[0]
 
 
-def _rename_to_free_name(source: Path, name: str, folder: int) -> None:
+def _folder_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _rename_to_free_name(source: str, name: str, folder: int) -> None:
     """Rename, atomically, to a name that is free. Not link and unlink: a crash between them doubles the file, and the
     kernel refuses links to files of others (proc(5), protected_hardlinks). Raises: FileExistsError; OSError."""
     if _libc.renameat2(_AT_FDCWD, os.fsencode(source), folder, os.fsencode(name), _RENAME_NOREPLACE) == 0:
         return
     number = ctypes.get_errno()
     if number not in (errno.EINVAL, errno.ENOSYS):
-        raise OSError(number, os.strerror(number), os.fspath(source))
+        raise OSError(number, os.strerror(number), source)
     os.link(source, name, dst_dir_fd=folder, follow_symlinks=False)  # a file system without RENAME_NOREPLACE
     os.unlink(source)
 

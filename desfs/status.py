@@ -277,9 +277,8 @@ def spool_status(path: str, *, now_s: float | None = None) -> SpoolStatus:
             # ctime, as the packer: programs set mtime, and a rename into the spool counts.
             oldest_s = status.st_ctime if oldest_s is None else min(oldest_s, status.st_ctime)
         batches = os.listdir(os.path.join(internal, "claims"))
-        claimed = [
-            status.st_size for batch in batches for _, status in _files(os.path.join(internal, "claims", batch, "files"))
-        ]
+        folders = [os.path.join(internal, "claims", batch, "files") for batch in batches]
+        claimed = [status.st_size for folder in folders for _, status in _files(folder)]
         rejected = sorted(os.listdir(os.path.join(internal, "rejected")))
         return SpoolStatus(
             place=path,

@@ -8,7 +8,25 @@ import sys
 from desfs import __version__
 
 # What typer's half knows; all else is `SOURCE DIR -o …`, as mount(8) runs it.
-COMMANDS = frozenset(("cat", "doctor", "extract", "import", "ls", "packer", "stat", "status", "umount", "verify"))
+COMMANDS = frozenset(
+    (
+        "assignment",
+        "cat",
+        "catalog",
+        "doctor",
+        "expire",
+        "extract",
+        "import",
+        "ls",
+        "packer",
+        "seal",
+        "rm",
+        "stat",
+        "status",
+        "umount",
+        "verify",
+    )
+)
 
 
 def main() -> None:

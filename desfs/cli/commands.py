@@ -8,7 +8,7 @@ import typer
 
 from desfs import __version__
 from desfs.cli.exits import EXIT_FAILURE, fail
-from desfs.cli.store_options import takes_store_options
+from desfs.cli.store_options import takes_program_options, takes_store_options
 from desfs.errors import DesfsError
 
 app = typer.Typer(
@@ -26,6 +26,12 @@ StoreUrl = Annotated[
     typer.Argument(
         metavar="STORE", help="s3://bucket/prefix, file:///directory or a directory; or one container of it, NAME.des."
     ),
+]
+CatalogOption = Annotated[
+    str | None, typer.Option("--catalog", metavar="URL", help="The catalog of the store's packers, a URL or a file.")
+]
+WaitOption = Annotated[
+    float | None, typer.Option("--wait", help="Seconds to wait for a shard that others work on. [60]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="A JSON object a line, for programs.")]
 
@@ -130,14 +136,96 @@ def import_(
 @takes_store_options
 def verify(
     store: StoreUrl,
+    catalog: CatalogOption = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Adopt containers that the catalog lacks, delete what nobody will ever need."),
+    ] = False,
+    grace: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which a failed upload, or a merged container, is left over. [3600]"),
+    ] = None,
+    external_grace: Annotated[
+        float | None, typer.Option(help="The same for external objects that no container names. [86400]")
+    ] = None,
+    wait: WaitOption = None,
     json: Json = False,
     *,
     options: dict[str, Any],
 ) -> None:
-    """Read every byte of a store and compare it with what its containers say. Exit status 3: damage was found."""
+    """Read every byte of a store and compare it with what its containers say. Exit status 3: damage was found.
+
+    With --catalog no payload is read: catalog, containers and external objects are compared with each other.
+    """
     from desfs.cli.verify import run
 
-    raise typer.Exit(run(store, options, json=json))
+    own = {"catalog": catalog, "grace": grace, "external_grace": external_grace, "wait": wait}
+    raise typer.Exit(run(store, options | _given(own), repair=repair, json=json))
+
+
+@app.command()
+@takes_store_options
+def rm(
+    store: Annotated[
+        str, typer.Argument(metavar="STORE", help="s3://bucket/prefix, file:///directory or a directory.")
+    ],
+    paths: Annotated[list[str], typer.Argument(metavar="DAY/PATH", help="Files, such as 2026-11-20/photos/1.jpg.")],
+    catalog: CatalogOption = None,
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Directories, with what is in them.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="A path that is not there is no error.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would be removed.")] = False,
+    wait: WaitOption = None,
+    json: Annotated[bool, typer.Option("--json", help="The summary as a JSON object.")] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Remove files from a store: mounts show them no more. Their bytes go when the day is sealed."""
+    from desfs.cli.rm import run
+
+    own = {"catalog": catalog, "wait": wait}
+    raise typer.Exit(
+        run(store, paths, options | _given(own), recursive=recursive, force=force, dry_run=dry_run, json=json)
+    )
+
+
+@app.command()
+@takes_store_options
+def expire(
+    store: Annotated[
+        str, typer.Argument(metavar="STORE", help="s3://bucket/prefix, file:///directory or a directory.")
+    ],
+    older_than: Annotated[str, typer.Option(metavar="AGE", help="Days or weeks, such as 90d or 12w.")],
+    catalog: CatalogOption = None,
+    timezone: Annotated[str | None, typer.Option(help="Where the day ends. [UTC]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would be deleted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    wait: WaitOption = None,
+    json: Annotated[bool, typer.Option("--json", help="The summary as a JSON object.")] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Delete whole days from a store, for good, the oldest first."""
+    from desfs.cli.expire import run
+
+    own = {"catalog": catalog, "older_than": older_than, "timezone": timezone, "wait": wait}
+    raise typer.Exit(run(store, options | _given(own), dry_run=dry_run, yes=yes, json=json))
+
+
+@app.command()
+@takes_store_options
+def seal(
+    store: Annotated[str, typer.Option(metavar="URL", help="s3://bucket/prefix, file:///directory or a directory.")],
+    catalog: CatalogOption = None,
+    day: Annotated[str | None, typer.Option(metavar="DAY", help="This one alone. [all that are over]")] = None,
+    timezone: Annotated[str | None, typer.Option(help="Where the day ends. [UTC]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The summary as a JSON object.")] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Merge the containers of days that are over into one a shard. To be run again and again: by a timer."""
+    from desfs.cli.seal import run
+
+    raise typer.Exit(run(store, options | _given({"catalog": catalog, "timezone": timezone}), day=day, json=json))
 
 
 @app.command()
@@ -211,7 +299,33 @@ def packer(
     shard_bits: Annotated[int | None, typer.Option(help="For a new store: 2^N containers a day. [4]")] = None,
     naming: Annotated[str | None, typer.Option(metavar="path|assigned", help="For a new store. [path]")] = None,
     timezone: Annotated[str | None, typer.Option(help="Where the day ends. [UTC]")] = None,
-    node_id: Annotated[int | None, typer.Option(help="0 to 255, another for each spool of one store. [0]")] = None,
+    node_id: Annotated[
+        int | None, typer.Option(help="Without --catalog: 0 to 255, another for each spool of one store. [0]")
+    ] = None,
+    catalog: Annotated[
+        str | None, typer.Option(metavar="URL", help="The catalog, shared by packers. [one in the spool]")
+    ] = None,
+    assignment: Annotated[
+        str | None, typer.Option(metavar="URL", help="The assignment service; needs --catalog. [in this process]")
+    ] = None,
+    assignment_token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The service's token, on its first line. [none]")
+    ] = None,
+    lease_ttl: Annotated[
+        float | None, typer.Option(help="Seconds after which others take over the work of a packer that died. [60]")
+    ] = None,
+    rescan_interval: Annotated[
+        float | None, typer.Option(help="Seconds between looks at a spool in which nothing happens. [10]")
+    ] = None,
+    redis: Annotated[
+        str | None, typer.Option(metavar="URL", help="Tell mounts of new containers through this Redis. [none]")
+    ] = None,
+    max_parts: Annotated[
+        int | None, typer.Option(help="More containers of a shard than these are merged. [16]")
+    ] = None,
+    delete_grace: Annotated[
+        float | None, typer.Option(help="Seconds after which a merged container goes. [30]")
+    ] = None,
     *,
     options: dict[str, Any],
 ) -> None:
@@ -233,10 +347,104 @@ def packer(
         "naming": naming,
         "timezone": timezone,
         "node_id": node_id,
+        "catalog": catalog,
+        "assignment": assignment,
+        "assignment_token_file": assignment_token_file,
+        "lease_ttl": lease_ttl,
+        "rescan_interval": rescan_interval,
+        "redis": redis,
+        "max_parts": max_parts,
+        "delete_grace": delete_grace,
     }
     from desfs.cli.packer import run
 
     raise typer.Exit(run(spool, store, once, options | _given(own)))
+
+
+@app.command()
+@takes_program_options
+def assignment(
+    catalog: Annotated[
+        str | None, typer.Option(metavar="URL", help="postgresql://user@host/database, or a SQLite file. Needed.")
+    ] = None,
+    listen: Annotated[str | None, typer.Option(metavar="ADDR:PORT", help="Where to listen. [127.0.0.1:8000]")] = None,
+    token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Valid tokens, one a line; read again when it changes. [none]")
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="Speak TLS with this certificate. [no]")] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its key. [in the same file]")] = None,
+    timezone: Annotated[str | None, typer.Option(help="Where the day ends. [UTC]")] = None,
+    shard_bits: Annotated[int | None, typer.Option(help="As the store has it: 2^N containers a day. [4]")] = None,
+    prefix: Annotated[str | None, typer.Option(help="What ids begin with: letters and digits. [DES]")] = None,
+    holder: Annotated[str | None, typer.Option(metavar="NAME", help="This replica, for people. [host:pid]")] = None,
+    node_ttl: Annotated[
+        float | None, typer.Option(help="Seconds after which others may have the node id of one that died. [30]")
+    ] = None,
+    max_body: Annotated[str | None, typer.Option(metavar="SIZE", help="Larger requests are refused. [8M]")] = None,
+    max_requests: Annotated[int | None, typer.Option(help="More at once are told to come back. [64]")] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take. [30]")] = None,
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="Whoever asks for /metrics needs no token.")
+    ] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Serve names, days and shards to packers, over HTTP. Several replicas may share a catalog.
+
+    Tokens may also stand in the environment, in DESFS_TOKENS; without any it listens on loopback alone.
+    """
+    from desfs.cli.assignment import run
+
+    own = {
+        "catalog": catalog,
+        "listen": listen,
+        "token_file": token_file,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "timezone": timezone,
+        "shard_bits": shard_bits,
+        "prefix": prefix,
+        "holder": holder,
+        "node_ttl": node_ttl,
+        "max_body": max_body,
+        "max_requests": max_requests,
+        "request_timeout": request_timeout,
+        "open_metrics": open_metrics or None,
+    }
+    raise typer.Exit(run(options | _given(own)))
+
+
+catalog_app = typer.Typer(help="Bring a catalog up to date, or move it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(catalog_app, name="catalog")
+
+
+@catalog_app.command("migrate")
+@takes_program_options
+def catalog_migrate(
+    catalog: Annotated[
+        str | None, typer.Option(metavar="URL", help="postgresql://user@host/database, or a SQLite file. Needed.")
+    ] = None,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Make the tables of a catalog, or bring them up to date."""
+    from desfs.cli.catalog import migrate
+
+    raise typer.Exit(migrate(options | _given({"catalog": catalog})))
+
+
+@catalog_app.command("copy")
+@takes_program_options
+def catalog_copy(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="A catalog that nobody works with.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="An empty one, which `migrate` has made.")],
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Copy a catalog into an empty one: how a store that began on one machine moves to Postgres."""
+    from desfs.cli.catalog import copy
+
+    raise typer.Exit(copy(source, target, options))
 
 
 @app.callback(invoke_without_command=True)

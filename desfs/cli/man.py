@@ -35,7 +35,7 @@ def desfs_page() -> str:
         ),
         ".SH COMMANDS",
     ]
-    for name, command in sorted(group.commands.items()):
+    for name, command in _commands(group):
         if name == "mount":
             lines += _mount_command()
             continue
@@ -89,11 +89,20 @@ def _tail() -> list[str]:
     return [line for title, table in sections.items() for line in (f".SH {title}", *_described(table.items()))]
 
 
+def _commands(group: Any) -> Iterator[tuple[str, Any]]:
+    """Names and commands, in the order of the names; of a group of commands those in it, as `catalog migrate`."""
+    for name, command in sorted(group.commands.items()):
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {each}", inner) for each, inner in _commands(command))
+        else:
+            yield name, command
+
+
 def _synopsis(group: Any) -> Iterator[str]:
-    for place, name in enumerate(sorted(group.commands)):
+    for place, (name, command) in enumerate(_commands(group)):
         if place:
             yield ".br"
-        usage = "SOURCE DIR [-o OPT,…] [-f]" if name == "mount" else _usage(group.commands[name])
+        usage = "SOURCE DIR [-o OPT,…] [-f]" if name == "mount" else _usage(command)
         yield f".B desfs {name}"
         yield _text(usage)
 

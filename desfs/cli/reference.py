@@ -12,7 +12,8 @@ EXIT_CODES = {
 
 SIGNALS = {
     "SIGTERM, SIGINT": "A mount unmounts, lazily when it is busy, and ends within ten seconds; who still reads gets "
-    "errors. A packer ends after the batch at hand; the second signal ends it at once.",
+    "errors. A packer ends after the batch at hand; the second signal ends it at once. The assignment service answers "
+    "the requests at hand, and gives its node id back.",
     "SIGHUP": "A mount reads its settings again, opens log_file anew, and lists the days again that somebody has "
     "looked at. refresh, deadline, log_level, log_format and log_file take effect at once, the others with the next "
     "mount.",

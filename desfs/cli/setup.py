@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from desfs.logs import configure_logs
-from desfs.settings import StoreSettings, load_settings
+from desfs.settings import ProgramSettings, load_settings
 
-S = TypeVar("S", bound=StoreSettings)
+S = TypeVar("S", bound=ProgramSettings)
 
 
 def option_name(setting: str) -> str:

@@ -24,10 +24,20 @@ _METAVARS = {
     "log_file": "FILE",
 }
 STORE_OPTIONS = (*_METAVARS, "no_sign_request")
+PROGRAM_OPTIONS = ("config", "log_level", "log_format", "log_file")
 
 
 def takes_store_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command these options. It gets those that were given in a dict, as its parameter `options`."""
+    return _taking(STORE_OPTIONS, "Store", command)
+
+
+def takes_program_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same with those of a program that has no store."""
+    return _taking(PROGRAM_OPTIONS, "Program", command)
+
+
+def _taking(names: tuple[str, ...], panel: str, command: Callable[..., None]) -> Callable[..., None]:
     own = [
         parameter
         for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
@@ -44,16 +54,16 @@ def takes_store_options(command: Callable[..., None]) -> Callable[..., None]:
                     f"--{name.replace('_', '-')}",
                     help=OPTION_HELP[name],
                     metavar=_METAVARS.get(name),
-                    rich_help_panel="Store",
+                    rich_help_panel=panel,
                 ),
             ],
         )
-        for name in STORE_OPTIONS
+        for name in names
     ]
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
-        options = {name: given.pop(name) for name in STORE_OPTIONS}
+        options = {name: given.pop(name) for name in names}
         command(**given, options={name: value for name, value in options.items() if value not in (None, False)})
 
     parameters = [*own, *added]

@@ -22,6 +22,12 @@ and a last one, `{"kind": "summary", …}`, with `containers`, `files` and `byte
 Of one container 10,000 findings of damage are shown at most, and 100 warnings; a last line says how many more there
 are.
 
+With a catalog (`--catalog`) no payload is read. Catalog, containers, their indexes and external objects are compared
+with each other, with lines and objects of the same form, and a summary with `containers` (of the catalog), `files`,
+`external`, `damage`, `warnings` and `unverified`. With `--repair` that is what is left after the repair, and the
+summary has `adopted` (containers that had no row), `deleted` and `deleted_external` (objects) and `forgotten` (rows)
+besides.
+
 Exit status: 0 no damage, 1 not all could be verified, 2 usage, 3 damage, whether or not all could be verified.
 """
 
@@ -38,19 +44,22 @@ from desfs.amounts import counted, format_size
 from desfs.cli.exits import EXIT_DAMAGE, EXIT_FAILURE, EXIT_USAGE, fail, printable
 from desfs.cli.setup import set_up
 from desfs.errors import DesfsError, UsageError
-from desfs.settings import StoreSettings
+from desfs.settings import VerifySettings
 from desfs.store.url import open_store, split_place
 from desfs.verify import Finding, Summary, Verification
 
 _PREFIXES = {"damage": "", "warning": "warning: ", "unverified": "not verified: "}
 
 
-def run(store: str, options: dict[str, Any], *, json: bool) -> int:
-    """Verify a store or a container; the exit status."""
+def run(store: str, options: dict[str, Any], *, repair: bool = False, json: bool) -> int:
+    """Verify a store or a container, or compare a store with its catalog; the exit status."""
     unread: list[Finding] = []
     try:
-        settings = set_up(StoreSettings, options)
+        settings = set_up(VerifySettings, options)
         root, key = split_place(store)
+        # One from the environment is meant for stores, and does not keep a container from being verified.
+        if repair or "catalog" in options or (settings.catalog is not None and key is None):
+            return _run_catalog(store, settings, repair=repair, json=json)
         with closing(open_store(root, settings.s3_options(), deadline_s=settings.deadline)) as opened:
             with _display(sys.stderr.isatty()) as display:
 
@@ -70,6 +79,19 @@ def run(store: str, options: dict[str, Any], *, json: bool) -> int:
     if unread:
         fail(f"not all could be verified: {format_finding(unread[0])}", EXIT_FAILURE)
     return EXIT_DAMAGE if summary.is_damaged else EXIT_FAILURE if summary.unverified else 0
+
+
+def _run_catalog(store: str, settings: VerifySettings, *, repair: bool, json: bool) -> int:
+    """Raises: UsageError; DesfsError."""
+    from desfs.cli.verify_catalog import run
+
+    return run(
+        store,
+        settings,
+        repair=repair,
+        show=lambda finding: print(_line_of(finding) if json else format_finding(finding)),
+        json=json,
+    )
 
 
 def describe(summary: Summary) -> str:

@@ -76,7 +76,7 @@ class Announcer:
                 await self._client.publish(self._channel, day.isoformat())
             except self._failures as error:
                 if not self._has_failed:
-                    log.warning("a new container was not announced, mounts see it at their next refresh", error=str(error))
+                    log.warning("a new container was not announced", error=str(error))
                 self._has_failed = True
             else:
                 self._has_failed = False

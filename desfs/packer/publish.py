@@ -51,7 +51,7 @@ from desfs.packer.journal import VERSION, Journal, JournalContainer, JournalFile
 from desfs.packer.leases import LeaseBusy, Leases
 from desfs.packer.summary import Summary
 from desfs.settings import PackerSettings
-from desfs.spool import FileState, Spool
+from desfs.spool import ClaimedFiles, FileState, Spool
 from desfs.store.base import ObjectInfo
 from desfs.store.retrying import Retrying
 
@@ -99,17 +99,19 @@ class Publisher:
         self._journal_lock = asyncio.Lock()
         self._spool_lock = asyncio.Lock()  # a Spool is for one thread at a time
 
-    async def publish(self, batch: str) -> bool:
+    async def publish(self, batch: str, claimed: ClaimedFiles | None = None) -> bool:
         """Bring a batch from whatever state it is in to its end; False when it has to be tried again, because others
-        hold some of its shards.
+        hold some of its shards. `claimed` are its files when it has just been made.
 
         Raises: BatchTaken; StoreError, AssignmentError (LeaseLost is one): the batch stays, to be tried again;
         DesfsError for a journal that is damaged; DesFormatError; OSError.
         """
-        old = await asyncio.to_thread(self._read_journal, batch)
+        old = await asyncio.to_thread(self._read_journal, batch) if claimed is None else None
         async with Leases(self._catalog, self._holder, self._settings.lease_ttl) as leases:
             undecided = await self._settle_journal(batch, old, leases) if old is not None else []
-            items = await self._plan_items(batch, old, {path for each in undecided for path in each.files})
+            left = {path for each in undecided for path in each.files}
+            states = await asyncio.to_thread(self._claimed_states, batch, left) if claimed is None else claimed
+            items = await self._plan_items(states, old)
             whole = await self._publish_items(batch, items, old, undecided, leases) if items else True
         await asyncio.to_thread(self._spool.finish, batch)
         return whole and not undecided
@@ -178,12 +180,9 @@ class Publisher:
         self._count(container, [file.size for file in container.files.values()])
         return True
 
-    async def _plan_items(self, batch: str, old: Journal | None, undecided: set[str]) -> list[Item]:
+    async def _plan_items(self, states: ClaimedFiles, old: Journal | None) -> list[Item]:
         """The files of a batch that are still to be packed, each with its day, shard and id: those of the journal
         again, so that a file that was packed twice has one name in one day."""
-        states = await asyncio.to_thread(self._claimed_states, batch)
-        for path in undecided:
-            states.pop(path, None)
         planned = {path: old.file_of(path) for path in states} if old is not None else {}
         fresh = [path for path in states if planned.get(path) is None]
         assignments = dict(zip(fresh, await self._client.assign(fresh) if fresh else [], strict=True))
@@ -196,9 +195,11 @@ class Publisher:
                 items.append(self._item(path, state, assignments[path]))
         return items
 
-    def _claimed_states(self, batch: str) -> dict[str, FileState]:
+    def _claimed_states(self, batch: str, undecided: set[str]) -> ClaimedFiles:
         states = {}
         for path in self._spool.claims(batch):
+            if path in undecided:
+                continue
             try:
                 states[path] = FileState.of(os.lstat(self._spool.claimed(batch, path)))
             except FileNotFoundError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import time
@@ -21,13 +22,15 @@ from des_format.errors import DesFormatError
 from desfs.errors import DesfsError, StoreError
 from desfs.file_lease import LeaseRefused
 from desfs.layout import Layout
+from desfs.merging.compact import CompactionSettings, Compactor
 from desfs.packer.announce import Announcer
+from desfs.packer.leases import Leases
 from desfs.packer.membership import Membership
 from desfs.packer.publish import BatchTaken, Publisher
 from desfs.packer.summary import Summary
 from desfs.packer.wake import Waker
 from desfs.settings import PackerSettings
-from desfs.spool import Found, Kind, Spool
+from desfs.spool import ClaimedFiles, Found, Kind, Spool
 from desfs.spool_workers import worker_number_of
 from desfs.store.retrying import Retrying
 
@@ -37,6 +40,9 @@ _ROUNDS = 2  # of --once: what came or changed while the first was packed gets o
 _GRACE_S = 0.5  # beyond the settle time: file times have the grain of the kernel's tick
 _BUSY_S = 0.2  # until shards that others work on are tried again: a container takes about so long
 _LONGEST_S = 30.0  # between two tries of what fails
+_TEND_S = 5.0  # between two looks at the shards that are ours to keep in order; each is a query for an open day
+_DAYS_S = 60.0  # how long it is known which days are the latest
+_OPEN_DAYS = 2  # of them: a day is fed for a while after its end, by files that were assigned before it
 
 
 class Packer:
@@ -69,6 +75,7 @@ class Packer:
             ttl_s=settings.lease_ttl,
             details=self._details,
         )
+        self._holder = settings.holder or spool.place.name
         self._publisher = Publisher(
             spool,
             store,
@@ -76,10 +83,25 @@ class Packer:
             layout,
             settings,
             self.summary,
-            holder=settings.holder or spool.place.name,
+            holder=self._holder,
             published=self._published,
             effect=effect,
         )
+        self._client = client
+        self._compactor = Compactor(
+            store,
+            client.catalog,
+            CompactionSettings(
+                max_parts=settings.max_parts,
+                max_container_bytes=settings.max_container_bytes,
+                max_container_files=settings.max_container_files,
+                delete_grace=settings.delete_grace,
+            ),
+            effect,
+        )
+        self._fresh_days: set[date] = set()
+        self._latest_days: list[date] = []
+        self._tended_at = self._days_at = -math.inf
         self._stop = asyncio.Event()
         self._waker = Waker(spool.root)
         self._oldest_s: float | None = None  # age of the oldest file that waits, and how much waits with it
@@ -109,6 +131,7 @@ class Packer:
                 self.summary.fail(
                     "some files could not be packed yet and stay claimed in .desfs/claims: run the packer again"
                 )
+            await self._tend()
             await self._remove_emptied(wait=True)
         return self.summary
 
@@ -148,6 +171,7 @@ class Packer:
                     files, containers = self.summary.files - before[0], self.summary.containers - before[1]
                     log.info("packed", files=files, containers=containers)
                 await self._remove_emptied(wait=False)
+                await self._tend()
                 delay_s, has_failed = (interval_s if is_whole else min(_BUSY_S, interval_s)), False
                 if is_whole and not found and not self.summary.emptied:
                     delay_s = max(interval_s, self._settings.rescan_interval)
@@ -215,17 +239,17 @@ class Packer:
             if self._stop.is_set():
                 break
             batch = self._spool.new_batch()
-            if await asyncio.to_thread(
-                self._claim, batch, settled[start : start + self._settings.max_batch_files]
-            ):
-                is_whole &= await self._publish(batch)
+            paths = settled[start : start + self._settings.max_batch_files]
+            claimed = await asyncio.to_thread(self._claim, batch, paths)
+            if claimed:
+                is_whole &= await self._publish(batch, claimed)
                 self._progress(self.summary, -1)
         return is_whole
 
-    async def _publish(self, batch: str) -> bool:
+    async def _publish(self, batch: str, claimed: ClaimedFiles | None = None) -> bool:
         """Bring a batch to its end; False when it has to be tried again."""
         try:
-            return await self._publisher.publish(batch)
+            return await self._publisher.publish(batch, claimed)
         except LeaseLost as error:
             log.warning("a lease passed while its shard was packed: the batch is tried again", reason=str(error))
             return False
@@ -237,34 +261,33 @@ class Packer:
         """Files of which an older version is still claimed."""
         return {path for batch in self._spool.batches() if batch != but for path in self._spool.claims(batch)}
 
-    def _claim(self, batch: str, paths: list[str]) -> int:
+    def _claim(self, batch: str, paths: list[str]) -> ClaimedFiles:
         # Written before: a packer that dies leaves no folder behind. A folder that nothing was taken from stays.
         self._spool.write_emptied(self.summary.emptied | {os.path.dirname(path) for path in paths})
-        claimed = []
-        for path in paths:
-            try:
-                if self._spool.claim(path, batch):
-                    claimed.append(path)
-                    self.summary.emptied.add(os.path.dirname(path))
-            except PermissionError as error:
-                self._publisher.reject(path, f"cannot be taken: {error.strerror}")
-            except LeaseRefused as error:
-                self.summary.fail(f"{path}: {error}")
-            except OSError as error:
-                self.summary.fail(f"{path}: cannot be claimed: {error.strerror}")
+        claimed = self._spool.claim(paths, batch, self._refused)
         # Another worker may have claimed an older version since we looked, while the shares changed.
-        older = self._held_paths(but=batch).intersection(claimed) if claimed else set()
+        older = self._held_paths(but=batch).intersection(claimed)
         for path in older:
             self._publisher.give_back(batch, path)
-        if len(older) == len(claimed):
+            del claimed[path]
+        self.summary.emptied.update(os.path.dirname(path) for path in claimed)
+        if not claimed:
             self._spool.finish(batch)
-        return len(claimed) - len(older)
+        return claimed
+
+    def _refused(self, path: str, error: OSError | LeaseRefused) -> None:
+        if isinstance(error, PermissionError):
+            self._publisher.reject(path, f"cannot be taken: {error.strerror}")
+        elif isinstance(error, LeaseRefused):
+            self.summary.fail(f"{path}: {error}")
+        else:
+            self.summary.fail(f"{path}: cannot be claimed: {error.strerror}")
 
     def _is_for_us(self, batch: str) -> bool:
         return self._membership.is_ours(batch) or self._membership.may_take_over(batch)
 
     async def _recover(self) -> bool:
-        """Finish the batches that a packer before us, a dead one, or a failure, has left; False when something waits for
+        """Finish the batches that a packer before us, a dead one or a failure has left; False when something waits for
         others. Oldest first: a newer version of a file must get the newer generation."""
         is_whole = True
         for batch in await asyncio.to_thread(self._spool.batches):
@@ -292,7 +315,28 @@ class Packer:
             self.summary.emptied |= self._spool.read_emptied(worker_number_of(batch))
         return mine
 
+    async def _tend(self) -> None:
+        """Compact the shards of the open days that are ours to keep in order, now and then."""
+        now = time.monotonic()
+        if now - self._tended_at < _TEND_S or self._stop.is_set():
+            return
+        if now - self._days_at > _DAYS_S:
+            self._latest_days = (await self._client.catalog.list_days())[-_OPEN_DAYS:]
+            self._fresh_days.clear()
+            self._days_at = now
+        days = sorted({*self._latest_days, *self._fresh_days})
+        async with Leases(self._client.catalog, self._holder, self._settings.lease_ttl) as leases:
+            done = await self._compactor.run_due(leases, days, self._membership.tends)
+        self.summary.merged += sum(len(merged.inputs) for each in done for merged in each.merged)
+        for day in {each.day for each in done}:
+            self._announce(day)
+        self._tended_at = time.monotonic()
+
     def _published(self, day: date, shard: str) -> None:
+        self._fresh_days.add(day)
+        self._announce(day)
+
+    def _announce(self, day: date) -> None:
         if self._announcer is not None:
             self._announcer.announce(day)
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
-from assignment.catalog import Catalog, ContainerRecord, ContainerState, Lease
-from assignment.errors import CatalogUnavailable, ContainerExists, InvalidRequest, LeaseLost
+from assignment.catalog import LIVE, Catalog, ContainerRecord, ContainerState, Lease, ShardHolder
+from assignment.errors import (
+    CatalogUnavailable,
+    ContainerExists,
+    ContainersChanged,
+    InvalidRequest,
+    LeaseLost,
+)
+from assignment.opening import open_catalog
 
 DAY = date(2026, 11, 20)
 NEXT_DAY = date(2026, 11, 21)
@@ -43,29 +49,46 @@ async def acquired(catalog: Catalog, holder: str = "a", ttl_s: float = HOUR_S, *
     return lease
 
 
-class CatalogContract:
-    """Subclasses say how a catalog is made; two made with the same directory are two openings of one catalog."""
+async def begun(catalog: Catalog, lease: Lease, wanted: ContainerRecord) -> ContainerRecord:
+    return await catalog.begin_container(lease, wanted.object_key, wanted.generation)
 
-    @staticmethod
-    def make_catalog(tmp_path: Path) -> AbstractAsyncContextManager[Catalog]:
+
+async def committed(catalog: Catalog, lease: Lease, *records: ContainerRecord) -> None:
+    for wanted in records:
+        await begun(catalog, lease, wanted)
+        await catalog.commit_container(lease, wanted)
+
+
+async def states(catalog: Catalog) -> dict[int, ContainerState]:
+    """By generation."""
+    return {c.generation: c.state for c in await catalog.list_containers()}
+
+
+class CatalogScenarios:
+    """Subclasses say where an empty catalog is; opened twice, it is one catalog still."""
+
+    @pytest.fixture
+    def url(self) -> str:
         raise NotImplementedError
 
     @pytest.fixture
-    def run(self, tmp_path: Path) -> Run:
-        async def opened(scenario: Scenario) -> None:
-            async with self.make_catalog(tmp_path) as catalog:
-                await scenario(catalog)
-
-        return lambda scenario: asyncio.run(opened(scenario))
+    def run(self, run_many: RunMany) -> Run:
+        return lambda scenario: run_many(1, lambda catalogs: scenario(catalogs[0]))
 
     @pytest.fixture
-    def run_many(self, tmp_path: Path) -> RunMany:
+    def run_many(self, url: str) -> RunMany:
         async def opened(count: int, scenario: ScenarioOfMany) -> None:
             async with AsyncExitStack() as stack:
-                await scenario([await stack.enter_async_context(self.make_catalog(tmp_path)) for _ in range(count)])
+                catalogs = []
+                for _ in range(count):
+                    catalogs.append(await open_catalog(url))
+                    stack.push_async_callback(catalogs[-1].close)
+                await scenario(catalogs)
 
         return lambda count, scenario: asyncio.run(opened(count, scenario))
 
+
+class CatalogContract(CatalogScenarios):
     # Leases
 
     def test_the_first_lease_of_a_shard(self, run: Run) -> None:
@@ -115,7 +138,7 @@ class CatalogContract:
             assert (after.previous_token, after.previous_holder) == (before.token, "a")
             assert await catalog.renew(before, HOUR_S) is None
             with pytest.raises(LeaseLost):
-                await catalog.commit_container(before, record())
+                await catalog.begin_part(before)
             await catalog.release(before)
             assert await catalog.renew(after, HOUR_S) is not None
 
@@ -171,16 +194,47 @@ class CatalogContract:
 
         run_many(3, scenario)
 
-    # Generations
+    def test_holders_are_listed_for_people(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            assert await catalog.list_holders() == []
+            await acquired(catalog, "a", 0)
+            held = await acquired(catalog, "b")
+            free = await acquired(catalog, "c", 0, shard="0a")
+            other_day = await catalog.acquire(NEXT_DAY, "00", "d", HOUR_S)
+            assert other_day is not None
+            rows = [
+                ShardHolder(lease.day, lease.shard, lease.holder, lease.token, lease.expires_at, holds)
+                for lease, holds in [(free, False), (held, True), (other_day, True)]
+            ]
+            assert await catalog.list_holders() == rows
+            assert await catalog.list_holders(DAY) == rows[:2]
+
+        run(scenario)
+
+    # Parts and their generations
 
     def test_generations_start_where_asked_and_never_come_again(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
             lease = await acquired(catalog)
-            assert [await catalog.next_generation(lease) for _ in range(3)] == [1, 2, 3]
-            assert await catalog.next_generation(lease, at_least=10) == 10
-            assert await catalog.next_generation(lease, at_least=5) == 11
+
+            async def next_generation(at_least: int = 1) -> int:
+                return (await catalog.begin_part(lease, at_least=at_least)).generation
+
+            assert [await next_generation() for _ in range(3)] == [1, 2, 3]
+            assert await next_generation(10) == 10
+            assert await next_generation(5) == 11
             await catalog.release(lease)
-            assert await catalog.next_generation(await acquired(catalog, "b")) == 12
+            lease = await acquired(catalog, "b")
+            assert await next_generation() == 12
+            await catalog.delete_containers(lease, [c.object_key for c in await catalog.list_containers()])
+            assert await catalog.forget_deleted(0) == 6
+            assert await next_generation() == 13
+            await begun(catalog, lease, record(20))
+            assert await next_generation() == 21
+            await begun(catalog, lease, record(19, key="2026-11-20/3f-000001-000019.des"))
+            assert await next_generation() == 22
+            await begun(catalog, lease, record(0, key="2026-11-20/3f.des"))
+            assert await next_generation() == 23
 
         run(scenario)
 
@@ -189,24 +243,46 @@ class CatalogContract:
             for first_generation, wanted in [(7, 7), (3, 8), (20, 20)]:
                 lease = await catalog.acquire(DAY, "3f", "a", HOUR_S, first_generation=first_generation)
                 assert lease is not None
-                assert await catalog.next_generation(lease) == wanted
+                assert (await catalog.begin_part(lease)).generation == wanted
 
         run(scenario)
 
-    def test_no_generation_without_a_lease_that_holds(self, run: Run) -> None:
+    def test_a_part_that_is_begun_has_its_row_under_the_leases_token(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            await acquired(catalog)
+            lease = await acquired(catalog)
+            part = await catalog.begin_part(lease, at_least=7)
+            assert part.changed_at is not None
+            assert abs(part.changed_at - await catalog.now()) < timedelta(seconds=30)
+            assert replace(part, changed_at=None) == ContainerRecord(
+                object_key="2026-11-20/3f-000007.des",
+                day=DAY,
+                shard="3f",
+                generation=7,
+                state=ContainerState.UPLOADING,
+                token=2,
+            )
+            assert await catalog.find_container(part.object_key) == part
+
+        run(scenario)
+
+    def test_nothing_is_begun_without_a_lease_that_holds(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
             lease = await acquired(catalog, "a", 0)
             with pytest.raises(LeaseLost, match="token 1"):
-                await catalog.next_generation(lease)
-            assert await catalog.next_generation(await acquired(catalog, "b")) == 1
+                await catalog.begin_part(lease)
+            with pytest.raises(LeaseLost, match="token 1"):
+                await begun(catalog, lease, record(9))
+            assert await catalog.list_containers() == []
+            assert (await catalog.begin_part(await acquired(catalog, "b"))).generation == 1
 
         run(scenario)
 
     def test_generations_are_allocated_once_under_concurrency(self, run_many: RunMany) -> None:
         async def scenario(catalogs: list[Catalog]) -> None:
             lease = await acquired(catalogs[0])
-            numbers = await asyncio.gather(*(catalog.next_generation(lease) for catalog in catalogs for _ in range(20)))
-            assert sorted(numbers) == list(range(1, 61))
+            parts = await asyncio.gather(*(catalog.begin_part(lease) for catalog in catalogs for _ in range(20)))
+            assert sorted(part.generation for part in parts) == list(range(1, 61))
 
         run_many(3, scenario)
 
@@ -216,12 +292,12 @@ class CatalogContract:
         async def scenario(catalog: Catalog) -> None:
             await acquired(catalog)
             lease = await acquired(catalog)
-            await catalog.commit_container(lease, record(token := 5, key="2026-11-20/3f-000005.des"))
+            await committed(catalog, lease, record(5, key="2026-11-20/3f-000005.des"))
             found = await catalog.find_container("2026-11-20/3f-000005.des")
             assert found is not None
-            assert found.created_at is not None
-            assert abs(found.created_at - datetime.now(UTC)) < timedelta(seconds=30)
-            assert replace(found, created_at=None) == replace(record(token), token=lease.token)
+            assert found.changed_at is not None
+            assert abs(found.changed_at - datetime.now(UTC)) < timedelta(seconds=30)
+            assert replace(found, changed_at=None) == replace(record(5), token=lease.token)
             assert found.state is ContainerState.COMMITTED
             assert await catalog.find_container("2026-11-20/3f-000006.des") is None
 
@@ -230,40 +306,68 @@ class CatalogContract:
     def test_a_large_container_is_recorded_exactly(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
             large = replace(record(10**9), size=5 * 2**40, files=2**33, etag='"' + "f" * 64 + '-10000"')
-            await catalog.commit_container(await acquired(catalog), large)
+            await committed(catalog, await acquired(catalog), large)
             found = await catalog.find_container(large.object_key)
             assert found is not None
-            assert (found.size, found.files, found.etag) == (large.size, large.files, large.etag)
+            assert (found.generation, found.size, found.files, found.etag) == (
+                10**9,
+                large.size,
+                large.files,
+                large.etag,
+            )
 
         run(scenario)
 
-    def test_a_holder_whose_lease_has_passed_cannot_commit(self, run: Run) -> None:
-        """A packer that was paused past its lease cannot commit."""
+    def test_a_holder_that_was_paused_before_its_commit_cannot_commit(self, run: Run) -> None:
+        """A packer that was paused past its lease cannot commit; who holds the shard may take over what it began."""
 
         async def scenario(catalog: Catalog) -> None:
-            paused = await acquired(catalog, "a", 0)
+            paused = await acquired(catalog, "a")
+            part = await catalog.begin_part(paused)
+            await catalog.renew(paused, 0)
             successor = await acquired(catalog, "b")
-            await catalog.commit_container(successor, record(2))
             with pytest.raises(LeaseLost):
                 await catalog.commit_container(paused, record(1))
-            assert await catalog.renew(paused, HOUR_S) is None
-            assert [c.generation for c in await catalog.list_containers(DAY)] == [2]
-            assert await catalog.find_container(record(1).object_key) is None
+            assert await catalog.find_container(part.object_key) == part
+            await committed(catalog, successor, record(2))
+            with pytest.raises(LeaseLost):
+                await catalog.commit_container(paused, record(1), supersedes=[record(2).object_key])
+            taken = await catalog.begin_container(successor, part.object_key, 1)
+            assert (taken.state, taken.token) == (ContainerState.UPLOADING, successor.token)
+            with pytest.raises(LeaseLost):
+                await catalog.commit_container(paused, record(1))
+            await catalog.commit_container(successor, record(1))
+            assert await states(catalog) == {1: ContainerState.COMMITTED, 2: ContainerState.COMMITTED}
+
+        run(scenario)
+
+    def test_what_was_begun_under_an_earlier_token_is_not_committed(self, run: Run) -> None:
+        """What has an uploading row under a token that is not the shard's any more can never be committed."""
+
+        async def scenario(catalog: Catalog) -> None:
+            await begun(catalog, await acquired(catalog, "a"), record(1))
+            restarted = await acquired(catalog, "a")
+            with pytest.raises(InvalidRequest, match="token 1"):
+                await catalog.commit_container(restarted, record(1))
+            await committed(catalog, restarted, record(1))
 
         run(scenario)
 
     def test_an_expired_lease_does_not_commit_even_if_nobody_else_came(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            await begun(catalog, lease, record())
+            assert await catalog.renew(lease, 0) is not None
             with pytest.raises(LeaseLost):
-                await catalog.commit_container(await acquired(catalog, "a", 0), record())
-            assert await catalog.list_containers() == []
+                await catalog.commit_container(lease, record())
+            assert await states(catalog) == {1: ContainerState.UPLOADING}
 
         run(scenario)
 
     def test_a_key_is_committed_once(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
             lease = await acquired(catalog)
-            await catalog.commit_container(lease, record())
+            await committed(catalog, lease, record())
             with pytest.raises(ContainerExists):
                 await catalog.commit_container(lease, replace(record(), size=1))
             found = await catalog.find_container(record().object_key)
@@ -275,9 +379,48 @@ class CatalogContract:
 
         run(scenario)
 
+    @pytest.mark.parametrize("state", [*sorted(LIVE), ContainerState.SUPERSEDED])
+    def test_a_container_that_was_live_is_never_begun_or_committed_again(self, run: Run, state: ContainerState) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            await catalog.adopt_containers(lease, [replace(record(), state=state)])
+            with pytest.raises(ContainerExists):
+                await begun(catalog, lease, record())
+            with pytest.raises(ContainerExists):
+                await catalog.commit_container(lease, record())
+            assert await states(catalog) == {1: state}
+
+        run(scenario)
+
+    def test_what_was_not_begun_is_not_committed(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            with pytest.raises(InvalidRequest, match="not begun"):
+                await catalog.commit_container(lease, record())
+            await begun(catalog, lease, record())
+            await catalog.delete_containers(lease, [record().object_key])
+            with pytest.raises(InvalidRequest, match="not begun"):
+                await catalog.commit_container(lease, record())
+            await committed(catalog, lease, record())
+
+        run(scenario)
+
+    @pytest.mark.parametrize("state", sorted(set(ContainerState) - LIVE))
+    def test_a_commit_makes_a_container_live(self, run: Run, state: ContainerState) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            await begun(catalog, lease, record())
+            with pytest.raises(InvalidRequest, match=state):
+                await catalog.commit_container(lease, replace(record(), state=state))
+            await catalog.commit_container(lease, replace(record(), state=ContainerState.SEALED))
+            assert await states(catalog) == {1: ContainerState.SEALED}
+
+        run(scenario)
+
     def test_of_many_commits_of_one_key_one_is_written(self, run_many: RunMany) -> None:
         async def scenario(catalogs: list[Catalog]) -> None:
             lease = await acquired(catalogs[0])
+            await begun(catalogs[0], lease, record())
             outcomes = await asyncio.gather(
                 *(catalog.commit_container(lease, record()) for catalog in catalogs for _ in range(5)),
                 return_exceptions=True,
@@ -289,111 +432,292 @@ class CatalogContract:
         run_many(3, scenario)
 
     @pytest.mark.parametrize("wrong", [record(shard="40"), record(day=NEXT_DAY)])
-    def test_a_lease_commits_containers_of_its_own_shard_only(self, run: Run, wrong: ContainerRecord) -> None:
+    def test_a_lease_is_for_containers_of_its_own_shard_only(self, run: Run, wrong: ContainerRecord) -> None:
         async def scenario(catalog: Catalog) -> None:
-            with pytest.raises(InvalidRequest):
-                await catalog.commit_container(await acquired(catalog), wrong)
+            lease = await acquired(catalog)
+            for call in (
+                begun(catalog, lease, wrong),
+                catalog.commit_container(lease, wrong),
+                catalog.adopt_containers(lease, [record(), wrong]),
+            ):
+                with pytest.raises(InvalidRequest, match=wrong.object_key):
+                    await call
             assert await catalog.list_containers() == []
+
+        run(scenario)
+
+    @pytest.mark.parametrize(
+        "key", ["3f-000001.des", "2026-11-20/3f-000001", "2026-11-20/x.des", "2026-11-20/a/3f.des"]
+    )
+    def test_a_key_that_is_none_of_a_shard_is_refused(self, run: Run, key: str) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            with pytest.raises(InvalidRequest, match=key):
+                await catalog.begin_container(await acquired(catalog), key, 1)
 
         run(scenario)
 
     @pytest.mark.parametrize("wrong", [replace(record(), size=-1), replace(record(), files=-1)])
     def test_a_record_that_cannot_be_is_refused(self, run: Run, wrong: ContainerRecord) -> None:
         async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            await begun(catalog, lease, wrong)
             with pytest.raises(InvalidRequest):
-                await catalog.commit_container(await acquired(catalog), wrong)
+                await catalog.commit_container(lease, wrong)
+            assert await states(catalog) == {1: ContainerState.UPLOADING}
 
         run(scenario)
 
-    def test_containers_are_listed_by_day_in_order(self, run: Run) -> None:
+    # Superseding
+
+    def test_a_merge_is_committed_together_with_the_end_of_its_parts(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            await committed(catalog, lease, record(1), replace(record(2), state=ContainerState.SEALED), record(3))
+            before = await catalog.find_container(record(3).object_key)
+            merged = record(2, key="2026-11-20/3f-000001-000002.des")
+            await begun(catalog, lease, merged)
+            keys = [record(1).object_key, record(2).object_key, record(1).object_key]
+            await catalog.commit_container(lease, merged, supersedes=keys)
+            assert [(c.object_key, c.state) for c in await catalog.list_containers(states=LIVE)] == [
+                (merged.object_key, ContainerState.COMMITTED),
+                (record(3).object_key, ContainerState.COMMITTED),
+            ]
+            superseded = await catalog.list_containers(states=[ContainerState.SUPERSEDED])
+            assert [c.object_key for c in superseded] == keys[:2]
+            assert await catalog.find_container(record(3).object_key) == before
+
+        run(scenario)
+
+    @pytest.mark.parametrize("state", [None, *sorted(set(ContainerState) - LIVE)])
+    def test_when_one_of_the_parts_is_not_live_nothing_is_written(self, run: Run, state: ContainerState | None) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            await committed(catalog, lease, record(1))
+            if state is not None:
+                await catalog.adopt_containers(lease, [replace(record(2), state=state)])
+            await begun(catalog, lease, record(3))
+            before = await catalog.list_containers()
+            with pytest.raises(ContainersChanged, match="1 of 2"):
+                await catalog.commit_container(
+                    lease, record(3), supersedes=[record(1).object_key, record(2).object_key]
+                )
+            assert await catalog.list_containers() == before
+            await catalog.commit_container(lease, record(3), supersedes=[record(1).object_key])
+
+        run(scenario)
+
+    def test_a_container_of_another_shard_is_not_superseded(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            other = record(1, shard="40")
+            await committed(catalog, await acquired(catalog, shard="40"), other)
+            lease = await acquired(catalog)
+            await begun(catalog, lease, record(1))
+            with pytest.raises(ContainersChanged):
+                await catalog.commit_container(lease, record(1), supersedes=[other.object_key])
+            with pytest.raises(InvalidRequest):
+                await catalog.commit_container(lease, record(1), supersedes=[record(1).object_key])
+            assert {c.shard: c.state for c in await catalog.list_containers()} == {
+                "3f": ContainerState.UPLOADING,
+                "40": ContainerState.COMMITTED,
+            }
+
+        run(scenario)
+
+    def test_of_two_merges_of_the_same_parts_one_is_committed(self, run_many: RunMany) -> None:
+        async def scenario(catalogs: list[Catalog]) -> None:
+            lease = await acquired(catalogs[0])
+            await committed(catalogs[0], lease, record(1), record(2))
+            merges = [record(2, key=f"2026-11-20/3f-{first:06d}-000002.des") for first in (0, 1)]
+            for merged in merges:
+                await begun(catalogs[0], lease, merged)
+            parts = [record(1).object_key, record(2).object_key]
+            outcomes = await asyncio.gather(
+                *(
+                    catalog.commit_container(lease, merged, supersedes=parts)
+                    for catalog, merged in zip(catalogs, merges, strict=True)
+                ),
+                return_exceptions=True,
+            )
+            assert sorted(str(type(outcome).__name__) for outcome in outcomes) == ["ContainersChanged", "NoneType"]
+            assert len(await catalogs[0].list_containers(states=LIVE)) == 1
+
+        run_many(2, scenario)
+
+    def test_more_containers_than_a_statement_takes(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            records = [record(generation) for generation in range(1, 1202)]
+            await catalog.adopt_containers(lease, records)
+            keys = [adopted.object_key for adopted in records]
+            await begun(catalog, lease, record(0, key="2026-11-20/3f.des"))
+            await catalog.commit_container(lease, record(0, key="2026-11-20/3f.des"), supersedes=keys)
+            assert len(await catalog.list_containers(states=[ContainerState.SUPERSEDED])) == 1201
+            await catalog.delete_containers(lease, keys)
+            assert await catalog.forget_deleted(0) == 1201
+
+        run(scenario)
+
+    # Deleting, adopting, listing
+
+    def test_rows_of_the_leases_shard_are_deleted_whatever_they_were(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            await committed(catalog, await acquired(catalog, shard="40"), record(9, shard="40"))
+            lease = await acquired(catalog)
+            rows = [replace(record(n), state=state) for n, state in enumerate(ContainerState, start=1)]
+            await catalog.adopt_containers(lease, [*rows, record(6)])
+            deleted_before = await catalog.find_container(rows[-1].object_key)
+            keys = [*(row.object_key for row in rows), record(9, shard="40").object_key, record(99).object_key]
+            await catalog.delete_containers(lease, keys)
+            await catalog.delete_containers(lease, [])
+            wanted = dict.fromkeys(range(1, 6), ContainerState.DELETED)
+            assert await states(catalog) == {**wanted, 6: ContainerState.COMMITTED, 9: ContainerState.COMMITTED}
+            assert await catalog.find_container(rows[-1].object_key) == deleted_before
+            assert await catalog.find_container(record(99).object_key) is None
+
+        run(scenario)
+
+    def test_without_a_lease_that_holds_nothing_is_deleted_or_adopted(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lost = await acquired(catalog, "a")
+            await committed(catalog, lost, record(1))
+            await catalog.release(lost)
+            for lease in (lost, replace(lost, token=7)):
+                with pytest.raises(LeaseLost):
+                    await catalog.delete_containers(lease, [record(1).object_key])
+                with pytest.raises(LeaseLost):
+                    await catalog.delete_containers(lease, [])
+                with pytest.raises(LeaseLost):
+                    await catalog.adopt_containers(lease, [record(2)])
+            assert await states(catalog) == {1: ContainerState.COMMITTED}
+
+        run(scenario)
+
+    def test_adopted_containers_replace_what_is_not_content(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            await catalog.adopt_containers(lease, [])
+            rows = [replace(record(n), state=state) for n, state in enumerate(ContainerState, start=1)]
+            await catalog.adopt_containers(lease, rows)
+            kept = {c.generation: c for c in await catalog.list_containers()}
+            assert {n: c.state for n, c in kept.items()} == dict(enumerate(ContainerState, start=1))
+            lease = await acquired(catalog)
+            foreign = replace(record(30), etag='"new"', object_key="2026-11-20/3f-30.des", token=99)
+            await catalog.adopt_containers(
+                lease, [*(replace(record(n), size=7, state=ContainerState.SEALED) for n in range(1, 6)), foreign]
+            )
+            found = {c.generation: c for c in await catalog.list_containers()}
+            for n in (2, 3, 4):  # committed, sealed, superseded
+                assert found[n] == kept[n]
+            for n in (1, 5):  # uploading, deleted
+                assert (found[n].size, found[n].state, found[n].token) == (7, ContainerState.SEALED, lease.token)
+            assert (found[30].etag, found[30].token) == ('"new"', lease.token)
+            assert (await catalog.begin_part(lease)).generation == 31
+
+        run(scenario)
+
+    def test_containers_are_listed_by_day_and_state_in_order(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
             for day, shard, generation in [
                 (NEXT_DAY, "00", 1), (DAY, "3f", 10), (DAY, "3f", 9), (DAY, "0a", 11),
             ]:  # fmt: skip
                 lease = await catalog.acquire(day, shard, "a", HOUR_S)
                 assert lease is not None
-                await catalog.commit_container(lease, record(generation, shard=shard, day=day))
-            listed = [(c.day, c.shard, c.generation) for c in await catalog.list_containers()]
-            assert listed == [(DAY, "0a", 11), (DAY, "3f", 9), (DAY, "3f", 10), (NEXT_DAY, "00", 1)]
+                await committed(catalog, lease, record(generation, shard=shard, day=day))
+            lease = await acquired(catalog)
+            await begun(catalog, lease, record(9, key="2026-11-20/3f-000001-000009.des"))
+            listed = [(c.day, c.shard, c.object_key[11:]) for c in await catalog.list_containers()]
+            assert listed == [
+                (DAY, "0a", "0a-000011.des"),
+                (DAY, "3f", "3f-000001-000009.des"),
+                (DAY, "3f", "3f-000009.des"),
+                (DAY, "3f", "3f-000010.des"),
+                (NEXT_DAY, "00", "00-000001.des"),
+            ]
             assert [c.shard for c in await catalog.list_containers(NEXT_DAY)] == ["00"]
             assert await catalog.list_containers(date(2020, 1, 1)) == []
+            assert [c.generation for c in await catalog.list_containers(DAY, states=LIVE)] == [11, 9, 10]
+            assert len(await catalog.list_containers(states={ContainerState.UPLOADING})) == 1
+            assert await catalog.list_containers(states=[]) == []
 
         run(scenario)
 
-    # Ids
-
-    def test_ids_of_reserved_blocks_never_repeat(self, run_many: RunMany) -> None:
-        async def scenario(catalogs: list[Catalog]) -> None:
-            blocks = await asyncio.gather(
-                *(
-                    catalog.reserve_ids(node_id, DAY, count, NOW_MS + step_ms)
-                    for catalog in catalogs
-                    for node_id in (0, 255)
-                    for count, step_ms in [(1, 0), (300, -3_600_000), (10_000, 2), (5, 10**10)]
-                )
-            )
-            names = [name for block in blocks for name in block.names("DES")]
-            assert len(names) == len(set(names)) == 6 * 10_306
-
-        run_many(3, scenario)
-
-    def test_ids_go_on_after_reopening_whatever_the_clock_says(self, tmp_path: Path) -> None:
-        async def reserved(now_ms: int) -> list[str]:
-            async with self.make_catalog(tmp_path) as catalog:
-                return list((await catalog.reserve_ids(0, DAY, 200, now_ms)).names("DES"))
-
-        names = [name for now_ms in (NOW_MS, NOW_MS, NOW_MS - 5, 0) for name in asyncio.run(reserved(now_ms))]
-        assert len(set(names)) == 800
-
-    def test_no_ids_cannot_be_reserved(self, run: Run) -> None:
+    def test_days_have_containers_that_are_not_deleted(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
-            with pytest.raises(InvalidRequest):
-                await catalog.reserve_ids(0, DAY, 0, NOW_MS)
+            assert await catalog.list_days() == []
+            lease = await catalog.acquire(NEXT_DAY, "00", "a", HOUR_S)
+            assert lease is not None
+            part = await catalog.begin_part(lease)
+            await committed(catalog, await acquired(catalog), record(1), record(2))
+            assert await catalog.list_days() == [DAY, NEXT_DAY]
+            await catalog.delete_containers(lease, [part.object_key])
+            assert await catalog.list_days() == [DAY]
+
+        run(scenario)
+
+    def test_deleted_rows_are_forgotten_after_their_time(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            lease = await acquired(catalog)
+            await committed(catalog, lease, record(1), record(2))
+            await catalog.delete_containers(lease, [record(1).object_key])
+            assert await catalog.forget_deleted(HOUR_S) == 0
+            assert await catalog.forget_deleted(0) == 1
+            assert await catalog.forget_deleted(0) == 0
+            assert await states(catalog) == {2: ContainerState.COMMITTED}
+
+        run(scenario)
+
+    def test_the_databases_clock_goes_forward(self, run: Run) -> None:
+        async def scenario(catalog: Catalog) -> None:
+            first = await catalog.now()
+            assert abs(first - datetime.now(UTC)) < timedelta(seconds=30)
+            while await catalog.now() == first:
+                pass
+            assert await catalog.now() > first
 
         run(scenario)
 
     # The catalog as a whole
 
-    def test_everything_is_there_after_reopening(self, tmp_path: Path) -> None:
-        async def first() -> Lease:
-            async with self.make_catalog(tmp_path) as catalog:
-                lease = await acquired(catalog)
-                assert await catalog.next_generation(lease) == 1
-                await catalog.commit_container(lease, record(1))
-                return lease
+    def test_everything_is_there_after_reopening(self, run: Run) -> None:
+        leases: list[Lease] = []
 
-        async def second(lease: Lease) -> None:
-            async with self.make_catalog(tmp_path) as catalog:
-                assert await catalog.acquire(DAY, "3f", "b", HOUR_S) is None
-                assert await catalog.next_generation(lease) == 2
-                await catalog.commit_container(lease, record(2))
-                assert [c.generation for c in await catalog.list_containers(DAY)] == [1, 2]
+        async def first(catalog: Catalog) -> None:
+            leases.append(await acquired(catalog))
+            assert (await catalog.begin_part(leases[0])).generation == 1
+            await catalog.commit_container(leases[0], record(1))
 
-        asyncio.run(second(asyncio.run(first())))
+        async def second(catalog: Catalog) -> None:
+            assert await catalog.acquire(DAY, "3f", "b", HOUR_S) is None
+            assert (await catalog.begin_part(leases[0])).generation == 2
+            await catalog.commit_container(leases[0], record(2))
+            assert [c.generation for c in await catalog.list_containers(DAY)] == [1, 2]
+
+        run(first)
+        run(second)
 
     def test_a_cancelled_call_leaves_the_catalog_usable(self, run_many: RunMany) -> None:
         async def scenario(catalogs: list[Catalog]) -> None:
             lease = await acquired(catalogs[0])
             for turn in range(30):
-                calls = [asyncio.ensure_future(catalog.next_generation(lease)) for catalog in catalogs]
+                calls = [asyncio.ensure_future(catalog.begin_part(lease)) for catalog in catalogs]
                 for _ in range(turn):
                     await asyncio.sleep(0)
                 calls[0].cancel()
                 outcomes = await asyncio.gather(*calls, return_exceptions=True)
-                assert all(isinstance(outcome, int | asyncio.CancelledError) for outcome in outcomes)
-            numbers = await asyncio.gather(*(catalog.next_generation(lease) for catalog in catalogs))
-            assert len(set(numbers)) == 2
+                assert all(isinstance(outcome, ContainerRecord | asyncio.CancelledError) for outcome in outcomes)
+            parts = await asyncio.gather(*(catalog.begin_part(lease) for catalog in catalogs))
+            assert len({part.generation for part in parts}) == 2
 
         run_many(2, scenario)
 
     def test_closing_waits_for_the_calls_that_were_made_before(self, run: Run) -> None:
         async def scenario(catalog: Catalog) -> None:
             lease = await acquired(catalog)
-            calls = [asyncio.ensure_future(catalog.next_generation(lease)) for _ in range(10)]
+            calls = [asyncio.ensure_future(catalog.begin_part(lease)) for _ in range(10)]
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             await catalog.close()
-            assert await asyncio.gather(*calls) == list(range(1, 11))
+            assert sorted(part.generation for part in await asyncio.gather(*calls)) == list(range(1, 11))
 
         run(scenario)
 

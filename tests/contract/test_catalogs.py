@@ -7,25 +7,34 @@ import json
 import sqlite3
 import subprocess
 import sys
+import traceback
 from contextlib import closing
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
 
-from assignment.catalog import Catalog, Lease
+from assignment.catalog import Lease
 from assignment.client import AssignmentClient, InProcessAssignment, open_embedded
-from assignment.errors import CatalogCorrupt, CatalogTooNew, CatalogUnavailable, InvalidRequest
+from assignment.errors import CatalogCorrupt, CatalogTooNew, CatalogUnavailable, InvalidRequest, NodeIdLost
+from assignment.opening import open_catalog
 from assignment.sqlite import SqliteCatalog
 from des_format.assigned_names import parse_name
 from des_format.shards import placement_shard, shard_hex
-from tests.contract.catalog_contract import DAY, HOUR_S, CatalogContract, acquired, record
+from tests.contract.catalog_contract import DAY, HOUR_S, CatalogContract, acquired, committed, record
+from tests.contract.ids_contract import IdsContract, leased
 
 
-class TestSqliteCatalog(CatalogContract):
-    @staticmethod
-    def make_catalog(tmp_path: Path) -> SqliteCatalog:
-        return SqliteCatalog(tmp_path / "catalog.sqlite")
+class TestSqliteCatalog(CatalogContract, IdsContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return str(tmp_path / "catalog.sqlite")
+
+
+class TestPostgresCatalog(CatalogContract, IdsContract):
+    @pytest.fixture
+    def url(self, postgres: str) -> str:
+        return postgres
 
 
 ALLOCATE = """
@@ -39,7 +48,7 @@ async def allocate(path, me):
     generations, names = [], []
     async with SqliteCatalog(path) as catalog:
         for number in range(12):
-            generations.append(await catalog.next_generation(lease))
+            generations.append((await catalog.begin_part(lease)).generation)
             names += (await catalog.reserve_ids(0, DAY, 10, 1_000_000 - number)).names("DES")
         shards = [await catalog.acquire(DAY, f"{shard:02x}", me, HOUR_S) for shard in range(8)]
     print(json.dumps([generations, names, sum(lease is not None for lease in shards)]))
@@ -79,7 +88,7 @@ def test_a_commit_is_on_disk_when_it_returns(tmp_path: Path) -> None:
     """A commit survives a power failure: rollback journal, synchronous=EXTRA."""
 
     async def scenario() -> None:
-        async with SqliteCatalog(tmp_path / "catalog.sqlite") as catalog, catalog._reading() as connection:
+        async with SqliteCatalog(tmp_path / "catalog.sqlite") as catalog, catalog.reading() as connection:
             assert (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar_one() == "delete"
             assert (await connection.exec_driver_sql("PRAGMA synchronous")).scalar_one() == 3
             assert (await connection.exec_driver_sql("PRAGMA foreign_keys")).scalar_one() == 1
@@ -100,7 +109,7 @@ def test_a_catalog_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     _open(path)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(CatalogTooNew, match="version 99, want 1"):
+    with pytest.raises(CatalogTooNew, match="version 99, want 2"):
         _open(path)
 
 
@@ -143,12 +152,43 @@ def test_readers_and_writers_of_one_process_do_not_run_out_of_connections(tmp_pa
     async def scenario() -> None:
         async with SqliteCatalog(tmp_path / "catalog.sqlite") as catalog:
             lease = await acquired(catalog)
-            commits = [catalog.commit_container(lease, record(generation)) for generation in range(1, 40)]
+            commits = [committed(catalog, lease, record(generation)) for generation in range(1, 40)]
             lists = [catalog.list_containers(DAY) for _ in range(60)]
             await asyncio.gather(*commits, *lists)
             assert len(await catalog.list_containers(DAY)) == 39
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("form", ["{}", "sqlite:///{}", "sqlite+aiosqlite:///{}"])
+def test_a_file_is_named_by_its_path_or_a_url(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "of 100%"
+
+    async def scenario() -> None:
+        catalog = await open_catalog(form.format(path))
+        await catalog.heartbeat("a", "s", {}, HOUR_S)
+        await catalog.close()
+        assert path.read_bytes().startswith(b"SQLite format 3")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://u:geheim@host/db",
+        "postgresql+psycopg://u:geheim@host/db",
+        "postgresql://u:geheim/x@host/db",
+        "postgresql://u:p@[geheim/db",
+        "",
+        "sqlite:///",
+        "sqlite:///:memory:",
+    ],
+)
+def test_what_is_no_catalog_is_refused_without_its_secrets(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="catalog: found") as caught:
+        asyncio.run(open_catalog(url))
+    assert "geheim" not in "".join(traceback.format_exception(caught.value))
 
 
 NOON_NS = 1_795_176_000_000_000_000  # 2026-11-20 12:00 UTC
@@ -220,21 +260,29 @@ def test_ids_do_not_repeat_over_restarts_whatever_the_clock_does(tmp_path: Path)
     ]
 
 
-def test_the_client_passes_leases_and_commits_to_the_catalog(tmp_path: Path) -> None:
+def test_the_client_has_the_catalog_and_closes_it(tmp_path: Path) -> None:
     async def scenario() -> None:
-        catalog: Catalog
         async with SqliteCatalog(tmp_path / "catalog.sqlite") as catalog:
-            client = InProcessAssignment(catalog, shard_bits=4)
-            lease = await client.acquire(DAY, "3f", "a", HOUR_S, first_generation=4)
-            assert lease is not None
-            lease = await client.renew(lease, HOUR_S)
-            assert lease is not None
-            assert await client.next_generation(lease, at_least=6) == 6
-            await client.commit_container(lease, record(6))
-            assert await client.list_containers(DAY) == [await catalog.find_container(record(6).object_key)]
-            assert await client.find_container(record(6).object_key) is not None
-            await client.release(lease)
-            assert await catalog.renew(lease, HOUR_S) is None
+            client: AssignmentClient
+            async with InProcessAssignment(catalog, shard_bits=4) as client:
+                assert client.catalog is catalog
+                await acquired(client.catalog)
+            with pytest.raises(CatalogUnavailable, match="not open"):
+                await catalog.list_holders()
+
+    asyncio.run(scenario())
+
+
+def test_ids_come_under_the_lease_of_a_node(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with SqliteCatalog(tmp_path / "catalog.sqlite") as catalog:
+            leases = [await leased(catalog) for _ in range(3)]
+            client = InProcessAssignment(catalog, shard_bits=4, node=lambda: leases[-1])
+            (assignment,) = await client.assign(["a"])
+            assert parse_name(assignment.id).node_id == leases[-1].node_id == 2
+            await catalog.release_node_id(leases[-1])
+            with pytest.raises(NodeIdLost):
+                await client.assign(["a"])
 
     asyncio.run(scenario())
 

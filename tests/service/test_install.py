@@ -86,6 +86,8 @@ def test_units_users_folders_and_documents_are_in_place(installed: Path) -> None
     assert found - documents == {
         "srv/lib/systemd/system/desfs-mount@.service",
         "srv/lib/systemd/system/desfs-packer@.service",
+        "srv/lib/systemd/system/desfs-seal@.service",
+        "srv/lib/systemd/system/desfs-seal@.timer",
         "srv/lib/sysusers.d/desfs.conf",
         "srv/lib/tmpfiles.d/desfs.conf",
         "srv/share/bash-completion/completions/desfs",
@@ -99,6 +101,8 @@ def test_units_users_folders_and_documents_are_in_place(installed: Path) -> None
         "srv/share/doc/desfs/examples/mount.toml",
         "srv/share/doc/desfs/examples/packer.env",
         "srv/share/doc/desfs/examples/packer.toml",
+        "srv/share/doc/desfs/examples/seal.env",
+        "srv/share/doc/desfs/examples/seal.toml",
     }
     assert "srv/share/doc/desfs/operations.md" in documents
     assert (installed / "srv/share/man/man1/desfs.1").read_text().startswith(".TH DESFS 1 ")
@@ -193,6 +197,8 @@ def test_every_place_can_be_another(tmp_path: Path) -> None:
     assert files_of(tmp_path) == {
         "usr/local/lib/systemd/system/desfs-mount@.service",
         "usr/local/lib/systemd/system/desfs-packer@.service",
+        "usr/local/lib/systemd/system/desfs-seal@.service",
+        "usr/local/lib/systemd/system/desfs-seal@.timer",
         "usr/local/lib/sysusers.d/desfs.conf",
         "usr/local/lib/tmpfiles.d/desfs.conf",
     }

@@ -165,7 +165,7 @@ def spool(tmp_path: Path) -> Spool:
         (root / name).write_bytes(bytes(size))
     spool.join()
     batch = spool.new_batch()
-    assert spool.claim("taken", batch)
+    assert spool.claim(["taken"], batch)
     spool.journal_path(batch).write_text("{}")
     spool.reject("odd: name", "a socket: no")
     spool.reject("e", "too large")

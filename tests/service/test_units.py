@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import servers
+from tests import merging, servers
 from tests.mount.mounting import PATIENCE_S, wait_until
 from tests.mount.stores import pack_tree, upload
 from tests.service.private_systemd import ROOT, Machine, private_systemd
@@ -21,7 +22,7 @@ from tests.service.private_systemd import ROOT, Machine, private_systemd
 pytestmark = pytest.mark.fuse
 
 DAY = "2026-11-20"
-SERVICES = ("desfs-mount@.service", "desfs-packer@.service")
+SERVICES = ("desfs-mount@.service", "desfs-packer@.service", "desfs-seal@.service")
 # What gives a service a mount namespace of its own: systemd.exec(5), and exec_needs_mount_namespace() in systemd 252
 # (src/core/execute.c) and 258 (src/core/exec-invoke.c).
 NAMESPACING = [
@@ -89,9 +90,7 @@ def analyze(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["desfs-mount@.service", "desfs-packer@.service", "mnt-des.mount", "mnt-des.automount"]
-)
+@pytest.mark.parametrize("name", [*SERVICES, "desfs-seal@.timer", "mnt-des.mount", "mnt-des.automount"])
 def test_systemd_has_nothing_to_say_about_a_unit(units: Path, name: str) -> None:
     done = analyze("verify", "--man=no", units / name)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -324,6 +323,30 @@ def test_a_packer_service_packs_what_members_of_the_group_write(world: World) ->
     assert machine.show("desfs-packer@test.service", "Result") == "success", machine.log()
     status = machine.output("stat", "--format=%U %a", "/var/spool/desfs/.desfs")
     assert status == "desfs 2700\n"
+
+
+def test_a_seal_service_seals_what_is_over(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the user desfs without any capability, with the catalog of a spool; and the timer waits for the next hour."""
+    machine = world.machine
+    for name, value in world.server.environ().items():
+        monkeypatch.setenv(name, value)
+    sealed = merging.World(tmp_path, f"s3://{world.bucket}/sealed")
+    for n in range(2):
+        sealed.put("0", {f"{n}": b"%d" % n})
+    catalog = machine.folder / "var/spool/desfs/catalog.sqlite"
+    shutil.copy(sealed.catalog_url, catalog)
+    machine.output("chown", "desfs:desfs", "/var/spool/desfs/catalog.sqlite")
+    variables = f"STORE={sealed.store_url}\nDESFS_CATALOG=/var/spool/desfs/catalog.sqlite\n"
+    machine.write("/etc/desfs/seal-test.env", variables + world.credentials)
+    machine.write("/etc/desfs/seal-test.toml", '[seal]\ntimezone = "UTC"\n')
+    machine.output("chown", "root:desfs", "/etc/desfs/seal-test.toml")
+    machine.output("chmod", "640", "/etc/desfs/seal-test.toml")
+    machine.systemctl("start", "desfs-seal@test.service")
+    assert "looked at 1 day: sealed 2 containers into 1 (" in machine.log()
+    assert f"sealed/{merging.DAY}/0.des" in _keys(world, "sealed/")
+    machine.systemctl("start", "desfs-seal@test.timer")
+    assert machine.show("desfs-seal@test.timer", "SubState") == "waiting"
+    machine.systemctl("stop", "desfs-seal@test.timer")
 
 
 def _keys(world: World, prefix: str) -> list[str]:

@@ -43,7 +43,7 @@ def plain(page: str) -> str:
 def sources() -> dict[Path, tuple[str, frozenset[str]]]:
     """The tests' text, and the strings in it."""
     found = {}
-    for path in sorted(TESTS.rglob("test_*.py")):
+    for path in sorted(TESTS.rglob("*.py")):
         if path.name != Path(__file__).name:
             text = path.read_text()
             strings = {

@@ -833,7 +833,7 @@ def test_a_spool_that_is_not_there(tmp_path: Path, store: Path) -> None:
 
 
 def test_a_second_packer_ends_and_says_why(spool: Path, store: Path) -> None:
-    """docs/semantics.md: One packer works in a spool at a time.
+    """docs/semantics.md: One packer works in a spool at a time, unless all that do share a catalog (`--catalog`).
 
     The second ends with status 2 and names the cause."""
     with spool_lock(spool):

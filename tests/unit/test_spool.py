@@ -85,6 +85,15 @@ def only(spool: Spool) -> Found:
     return found
 
 
+def claimed_now(spool: Spool, path: str) -> bool:
+    """Claim one file; what it is refused for is raised."""
+
+    def refused(path: str, error: Exception) -> None:
+        raise error
+
+    return path in spool.claim([path], "batch", refused)
+
+
 # --- a spool -----------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +105,7 @@ def test_a_root_that_is_no_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_packer_is_kept_out(root: Path) -> None:
-    """docs/semantics.md: One packer works in a spool at a time.
+    """docs/semantics.md: One packer works in a spool at a time, unless all that do share a catalog (`--catalog`).
 
     The next one is told so, and gets it when the first has ended."""
     with spool_with(root) as first, spool_with(root) as second:
@@ -231,7 +240,7 @@ def test_what_was_exchanged_for_a_link_or_fifo_after_the_scan_is_not_claimed(spo
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(root / "socket"))
         for path in ("link", "fifo", "socket", "folder", "missing", "missing/too", "target/below"):
-            assert spool.claim(path, "batch") is False, path
+            assert claimed_now(spool, path) is False, path
     assert spool.claims("batch") == []
 
 
@@ -242,7 +251,7 @@ def test_a_folder_that_was_exchanged_for_a_link_leads_nowhere(spool: Spool, root
     outside = write(tmp_path / "outside/file").parent
     (outside / "empty").mkdir()
     os.symlink(outside, root / "folder")
-    assert spool.claim("folder/file", "batch") is False
+    assert claimed_now(spool, "folder/file") is False
     assert spool.remove_emptied({"folder/empty", "folder"}) == set()
     spool.reject("folder/file", "for a test")
     assert sorted(path.name for path in outside.iterdir()) == ["empty", "file"]
@@ -304,9 +313,9 @@ def test_what_is_put_aside_has_its_reason_beside_it(spool: Spool, root: Path) ->
 def test_a_claimed_file_is_under_its_path_in_its_batch(spool: Spool, root: Path) -> None:
     """A claim is a rename: the spool does not have the file any more, the batch has it, with all its attributes."""
     before = write(root / "a/b/file").stat()
-    assert spool.claim("a/b/file", "batch")
+    assert claimed_now(spool, "a/b/file")
     assert spool.claims("batch") == ["a/b/file"]
-    after = spool.claimed("batch", "a/b/file").stat()
+    after = Path(spool.claimed("batch", "a/b/file")).stat()
     assert FileState.of(after) == FileState.of(before)
     assert list(spool.scan()) == []
     assert spool.batches() == ["batch"]
@@ -346,23 +355,23 @@ def test_a_file_that_a_writer_holds_is_not_taken(spool: Spool, root: Path, progr
     Or has mapped it so; however long it is quiet."""
     write(root / "a")
     with another_process(program, root / "a"):
-        assert spool.claim("a", "batch") is False
+        assert claimed_now(spool, "a") is False
         assert (root / "a").exists()
-    assert spool.claim("a", "batch") is True
+    assert claimed_now(spool, "a") is True
 
 
 def test_a_file_that_is_open_for_reading_is_taken(spool: Spool, root: Path) -> None:
     """Readers are not in the way."""
     write(root / "a")
     with another_process(HELD_FOR_READING, root / "a"):
-        assert spool.claim("a", "batch") is True
+        assert claimed_now(spool, "a") is True
 
 
 def test_a_private_mapping_is_not_in_the_way(spool: Spool, root: Path) -> None:
     """A program that runs from the file, or maps it privately, cannot change it."""
     write(root / "a")
     with open(root / "a", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
-        assert spool.claim("a", "batch") is True
+        assert claimed_now(spool, "a") is True
 
 
 def test_a_file_that_is_opened_for_writing_during_the_claim_stays_with_the_writer(root: Path) -> None:
@@ -378,10 +387,10 @@ def test_a_file_that_is_opened_for_writing_during_the_claim_stays_with_the_write
 
     write(root / "a", b"before")
     with spool_with(root, effect=effect) as spool:
-        assert spool.claim("a", "batch") is False
+        assert claimed_now(spool, "a") is False
         writer.join(30)
         os.write(opened[0], b"after.")
-        assert spool.claim("a", "batch") is False
+        assert claimed_now(spool, "a") is False
         os.close(opened[0])
         assert (root / "a").read_bytes() == b"after."
         assert spool.claims("batch") == []
@@ -420,7 +429,7 @@ def test_another_file_that_has_the_name_at_the_rename_goes_back(root: Path) -> N
 
     write(root / "a")
     with spool_with(root, effect=effect) as spool:
-        assert spool.claim("a", "batch") is False
+        assert claimed_now(spool, "a") is False
         assert (root / "a").read_bytes() == b"a newer one"
         assert spool.claims("batch") == []
 
@@ -428,11 +437,11 @@ def test_another_file_that_has_the_name_at_the_rename_goes_back(root: Path) -> N
 def test_giving_back_never_replaces_a_newer_file(spool: Spool, root: Path) -> None:
     """A claimed file goes back to its place if that is free; else it stays claimed, and the newer one untouched."""
     write(root / "a/file", b"older")
-    assert spool.claim("a/file", "batch")
+    assert claimed_now(spool, "a/file")
     write(root / "a/file", b"newer")
     assert spool.give_back("batch", "a/file") is False
     assert (root / "a/file").read_bytes() == b"newer"
-    assert spool.claimed("batch", "a/file").read_bytes() == b"older"
+    assert Path(spool.claimed("batch", "a/file")).read_bytes() == b"older"
     (root / "a/file").unlink()
     (root / "a").rmdir()
     write(root / "a", b"a file where the folder was")
@@ -446,9 +455,9 @@ def test_giving_back_never_replaces_a_newer_file(spool: Spool, root: Path) -> No
 def test_each_name_of_a_file_is_a_file(spool: Spool, root: Path) -> None:
     """Hard links are files like others; deleting one leaves the other as it is."""
     os.link(write(root / "a"), root / "b")
-    assert spool.claim("a", "batch")
-    assert spool.claim("b", "batch")
-    state = FileState.of(spool.claimed("batch", "a").stat())
+    assert claimed_now(spool, "a")
+    assert claimed_now(spool, "b")
+    state = FileState.of(Path(spool.claimed("batch", "a")).stat())
     assert spool.remove_claimed("batch", "a", state)
     assert spool.remove_claimed("batch", "b", state)
     assert spool.claims("batch") == []
@@ -457,8 +466,8 @@ def test_each_name_of_a_file_is_a_file(spool: Spool, root: Path) -> None:
 def test_what_changed_since_it_was_packed_is_not_deleted(spool: Spool, root: Path) -> None:
     """A file is deleted in the state in which it was packed, and in no other; one that is gone is no error."""
     write(root / "a", b"one")
-    assert spool.claim("a", "batch")
-    claimed = spool.claimed("batch", "a")
+    assert claimed_now(spool, "a")
+    claimed = Path(spool.claimed("batch", "a"))
     packed = FileState.of(claimed.stat())
     claimed.write_bytes(b"other")
     assert spool.remove_claimed("batch", "a", packed) is False
@@ -469,12 +478,12 @@ def test_what_changed_since_it_was_packed_is_not_deleted(spool: Spool, root: Pat
 def test_a_batch_ends_when_all_its_files_have_left(spool: Spool, root: Path) -> None:
     """The journal goes last; while a file is claimed, it stays."""
     write(root / "a/b/c")
-    assert spool.claim("a/b/c", "batch")
+    assert claimed_now(spool, "a/b/c")
     spool.write_durably(spool.journal_path("batch"), b"{}")
     spool.finish("batch")
     assert spool.batches() == ["batch"]
     assert spool.journal_path("batch").exists()
-    spool.claimed("batch", "a/b/c").unlink()
+    Path(spool.claimed("batch", "a/b/c")).unlink()
     spool.finish("batch")
     assert spool.batches() == []
 
@@ -510,7 +519,7 @@ def test_emptied_folders_go_when_they_are_quiet(root: Path, clock: Clock) -> Non
     with spool_with(root, settle_s=100.0, clock=clock) as spool:
         write(root / "a/b/c/file")
         clock.ahead_s = 50.0
-        assert spool.claim("a/b/c/file", "batch")
+        assert claimed_now(spool, "a/b/c/file")
         assert spool.remove_emptied({"a/b/c"}) == {"a/b/c"}
         assert (root / "a/b/c").is_dir()
         clock.ahead_s = 101.0
@@ -524,7 +533,7 @@ def test_a_folder_that_a_program_has_just_used_stays(root: Path, clock: Clock) -
     with spool_with(root, settle_s=100.0, clock=clock) as spool:
         write(root / "a/b/file")
         clock.ahead_s = 101.0
-        assert spool.claim("a/b/file", "batch")
+        assert claimed_now(spool, "a/b/file")
         clock.ahead_s = 0.0
         os.utime(root / "a/b", (0, 0))  # as cp -p does: it is a touch all the same
         assert spool.remove_emptied({"a/b"}) == {"a/b"}

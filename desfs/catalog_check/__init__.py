@@ -1,0 +1,1 @@
+"""Comparing a catalog with its bucket, and bringing the two together again."""

@@ -1,0 +1,67 @@
+"""What has to be known of a container besides its row. Blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from des_format.names import external_keys
+from des_format.reader import BaseReader
+from des_format.source import DEFAULT_TAIL
+from desfs.container import StoreSource, load_container
+from desfs.store.base import ObjectInfo, Store
+from desfs.verify_index import external_rows, overridden_external_rows
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """An entry whose payload is an object of its own: under one of these keys, in the order to try."""
+
+    name: str
+    size: int
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """`files` counts entries, tombstones too; `external` are those that a reader reads, `named` all keys that the
+    container names."""
+
+    info: ObjectInfo
+    files: int
+    external: tuple[External, ...]
+    named: frozenset[str]
+
+
+def read_contents(store: Store, info: ObjectInfo) -> Contents:
+    """Raises: NotAContainer; NoSuchObject, ObjectReplaced when it is not there any more; StoreError."""
+    loaded = load_container(store, info)
+    index, recorded = loaded.index, loaded.meta.external_key
+
+    def keys(row: int) -> tuple[str, ...]:
+        return tuple(external_keys(info.key, index.name(row).decode(), recorded.get(row)))
+
+    rows = external_rows(index).tolist()
+    external = tuple(External(index.name(row).decode(), int(index.data_length[row]), keys(row)) for row in rows)
+    named = {key for each in external for key in each.keys}
+    named.update(key for row in overridden_external_rows(index).tolist() for key in keys(row))
+    return Contents(info, index.rows, external, frozenset(named))
+
+
+def is_imported(store: Store, info: ObjectInfo) -> bool:
+    """Whether a container was written by somebody who assigns no ids: an import, which knows no catalog. Packers give
+    each file an id, and what `desfs rm` writes has no files. Raises: as `read_contents`."""
+    reader = BaseReader(StoreSource(store, info), None, DEFAULT_TAIL)
+    first = next(iter(reader.get_index()), None)
+    return first is not None and "id" not in reader.get_meta(first)
+
+
+def first_there(external: External, sizes: Mapping[str, int]) -> str | None:
+    """The key that a reader finds the payload under, by a listing."""
+    return next((key for key in external.keys if key in sizes), None)
+
+
+def unnamed(sizes: Iterable[str], contents: Iterable[Contents]) -> list[str]:
+    """The external objects that no container names, ascending."""
+    named = set().union(*(each.named for each in contents))
+    return sorted(set(sizes) - named)

@@ -1,0 +1,175 @@
+"""Compaction of the open day: a shard that is fed by a trickle never shows more than a few dozen containers.
+Asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import date
+
+import structlog
+
+from assignment.catalog import LIVE, Catalog, ContainerRecord, ContainerState, Lease
+from assignment.errors import ContainersChanged, LeaseLost
+from desfs.errors import DesfsError
+from desfs.merging.collect import collect_shard
+from desfs.merging.leases import LeaseKeeper
+from desfs.merging.merge import Merged, MergeRefused, merge_containers
+from desfs.merging.plan import Merge, due, live_of, plan_compaction
+from desfs.store.retrying import Retrying
+
+log = structlog.get_logger(__name__)
+
+_STATES = LIVE | {ContainerState.UPLOADING, ContainerState.SUPERSEDED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactionSettings:
+    """When an open shard is compacted. Sizes in bytes, times in seconds; `delete_grace` from when a container was
+    merged to when its object goes: as long as a mount may go on with an old listing."""
+
+    max_parts: int = 16
+    max_container_bytes: int = 256 * 1024 * 1024
+    max_container_files: int = 65_536
+    delete_grace: float = 300.0
+
+
+@dataclass(slots=True)
+class Compacted:
+    """What was done to a shard: the containers that were made, and how many objects were deleted."""
+
+    day: date
+    shard: str
+    merged: list[Merged] = field(default_factory=list)
+    deleted: int = 0
+
+
+async def compact_shard(
+    store: Retrying,
+    catalog: Catalog,
+    leases: LeaseKeeper,
+    day: date,
+    shard: str,
+    settings: CompactionSettings,
+    effect: Callable[[str], None] = lambda name: None,
+    left_alone: set[str] | None = None,
+) -> Compacted:
+    """Merge containers of a shard of the open day until there are few enough, and delete what was merged before and
+    whose grace has passed. A container that cannot be merged is added to `left_alone`, and is from then on.
+
+    Raises: what `leases` raises; MergeFailed; StoreError; AssignmentError; OSError of the directory for temporary
+    files.
+    """
+    left_alone = set() if left_alone is None else left_alone
+    lease = await leases.of(day, shard)
+    done = Compacted(day, shard)
+    records = await _records(catalog, day, shard)
+    merge = _plan(records, shard, settings, left_alone)
+    done.deleted += await collect_shard(
+        store,
+        catalog,
+        lease,
+        records,
+        now=await catalog.now(),
+        grace_s=settings.delete_grace,
+        keep=() if merge is None else (merge.object_key,),
+        effect=effect,
+    )
+    while merge is not None:
+        await _merge(store, catalog, lease, merge, left_alone, done, effect)
+        merge = _plan(await _records(catalog, day, shard), shard, settings, left_alone)
+    return done
+
+
+async def _merge(
+    store: Retrying,
+    catalog: Catalog,
+    lease: Lease,
+    merge: Merge,
+    left_alone: set[str],
+    done: Compacted,
+    effect: Callable[[str], None],
+) -> None:
+    try:
+        # Tombstones stay: what they hide may stand in a container that no catalog knows. Sealing looks there.
+        merged = await merge_containers(store, catalog, lease, merge, drop_tombstones=False, effect=effect)
+    except MergeRefused as error:
+        log.warning("left as it is", reason=str(error))
+        left_alone.add(error.key)
+        return
+    done.merged.append(merged)
+    log.info("compacted", key=merged.object_key, inputs=len(merged.inputs), size=merged.size, copied=merged.copied)
+
+
+async def _records(catalog: Catalog, day: date, shard: str) -> list[ContainerRecord]:
+    return [record for record in await catalog.list_containers(day, states=_STATES) if record.shard == shard]
+
+
+def _plan(
+    records: Iterable[ContainerRecord], shard: str, settings: CompactionSettings, left_alone: set[str]
+) -> Merge | None:
+    return plan_compaction(
+        live_of(records, shard),
+        max_parts=settings.max_parts,
+        max_bytes=settings.max_container_bytes,
+        max_files=settings.max_container_files,
+        left_alone=left_alone,
+    )
+
+
+class Compactor:
+    """Compacts what is due, for a packer, between its batches. One task at a time. `effect` is called before each
+    change that others can see: tests die there."""
+
+    def __init__(
+        self,
+        store: Retrying,
+        catalog: Catalog,
+        settings: CompactionSettings,
+        effect: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._settings = settings
+        self._effect = effect
+        self._left_alone: set[str] = set()
+
+    async def run_due(
+        self, leases: LeaseKeeper, days: Iterable[date], wants: Callable[[str], bool] = lambda shard: True
+    ) -> list[Compacted]:
+        """Compact those of the shards of open days that are wanted and have too many containers, or superseded ones to
+        delete; what was done to each. One whose lease another one holds, or that others change meanwhile, is left to
+        them.
+
+        One query for each day, and none more where nothing is due. Raises: MergeFailed; StoreError; AssignmentError;
+        OSError of the directory for temporary files.
+        """
+        done = []
+        for day in days:
+            by_shard: dict[str, list[ContainerRecord]] = {}
+            for record in await self._catalog.list_containers(day, states=_STATES):
+                by_shard.setdefault(record.shard, []).append(record)
+            for shard, records in sorted(by_shard.items()):
+                if wants(shard) and await self._is_due(records, shard):
+                    done += await self._compact(leases, day, shard)
+        return done
+
+    async def _is_due(self, records: list[ContainerRecord], shard: str) -> bool:
+        if _plan(records, shard, self._settings, self._left_alone) is not None:
+            return True
+        if not any(record.state is ContainerState.SUPERSEDED for record in records):
+            return False
+        return bool(due(records, await self._catalog.now(), self._settings.delete_grace))
+
+    async def _compact(self, leases: LeaseKeeper, day: date, shard: str) -> list[Compacted]:
+        try:
+            await leases.of(day, shard)
+        except DesfsError as error:
+            log.info("compaction is left to another one", shard=shard, reason=str(error))
+            return []
+        try:
+            arguments = (day, shard, self._settings, self._effect, self._left_alone)
+            return [await compact_shard(self._store, self._catalog, leases, *arguments)]
+        except (LeaseLost, ContainersChanged) as error:
+            log.info("compaction is left for later", shard=shard, reason=str(error))
+            return []
