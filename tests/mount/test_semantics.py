@@ -232,8 +232,8 @@ def packer(spool: Path, store: Path, max_age_s: float) -> Iterator[None]:
 
 
 def test_a_file_of_the_spool_becomes_visible(tmp_path: Path) -> None:
-    """docs/semantics.md: A file is visible `max_age` plus `refresh` seconds after it has settled in the spool, at most,
-    and the time that a look at the spool (`scan_interval`) and the upload take.
+    """docs/semantics.md: A file is visible `max_age` plus `refresh` seconds after it was written, at most, and the time
+    that a look at the spool (`scan_interval`) and the upload take; `settle` plus `refresh`, where that is longer.
 
     A packer that may wait for an hour, and has had a file for longer, has not packed it yet."""
     spools = tmp_path / "patient", tmp_path / "prompt"

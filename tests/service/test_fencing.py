@@ -89,8 +89,8 @@ def pack_until_empty(spool: Path, store: Path, catalog: str) -> None:
 
 @pytest.mark.parametrize("stop_at", ["claim", "begin", "fsync journal.json", "build", "put", "commit", "unlink"])
 def test_a_packer_that_is_paused_past_its_lease_cannot_commit(stop_at: str, catalog: str, tmp_path: Path) -> None:
-    """docs/semantics.md: A packer that was paused, for however long, loses nothing and stores nothing twice. What it had
-    claimed is packed by another one of its spool when its lease has passed, and its own commit is refused.
+    """docs/semantics.md: A packer that was paused, for however long, loses nothing and stores nothing twice. What it
+    had claimed is packed by another one of its spool when its lease has passed, and its own commit is refused.
 
     Between its PUT and its commit its lease passes, and another one packs its files: the commit is refused."""
     spool, store = tmp_path / "spool", tmp_path / "store"
