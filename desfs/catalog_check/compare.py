@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import Enum
 
 from assignment.catalog import LIVE, ContainerRecord, ContainerState, ShardHolder
-from desfs.removal.place import Place, managed
+from desfs.adoption import Place, managed
 from desfs.store.base import ObjectInfo
 
 

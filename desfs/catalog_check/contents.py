@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from des_format.names import external_keys
-from des_format.reader import BaseReader
-from des_format.source import DEFAULT_TAIL
-from desfs.container import StoreSource, load_container
+from desfs.container import load_container
 from desfs.store.base import ObjectInfo, Store
 from desfs.verify_index import external_rows, overridden_external_rows
 
@@ -46,14 +44,6 @@ def read_contents(store: Store, info: ObjectInfo) -> Contents:
     named = {key for each in external for key in each.keys}
     named.update(key for row in overridden_external_rows(index).tolist() for key in keys(row))
     return Contents(info, index.rows, external, frozenset(named))
-
-
-def is_imported(store: Store, info: ObjectInfo) -> bool:
-    """Whether a container was written by somebody who assigns no ids: an import, which knows no catalog. Packers give
-    each file an id, and what `desfs rm` writes has no files. Raises: as `read_contents`."""
-    reader = BaseReader(StoreSource(store, info), None, DEFAULT_TAIL)
-    first = next(iter(reader.get_index()), None)
-    return first is not None and "id" not in reader.get_meta(first)
 
 
 def first_there(external: External, sizes: Mapping[str, int]) -> str | None:

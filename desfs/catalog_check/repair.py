@@ -23,18 +23,17 @@ from assignment.catalog import LIVE, Catalog, ContainerRecord, Lease
 from assignment.client import InvalidRequest, LeaseLost
 from des_format.errors import DesFormatError, NotAContainer
 from des_format.layout import BIG_FILES_FOLDER
-from des_format.shards import is_day, parse_container_name
+from des_format.shards import is_day
+from desfs.adoption import list_shard, others_at, record_of
 from desfs.catalog_check.check import State, is_older, read_all, take_state
 from desfs.catalog_check.compare import Difference, What, compare
-from desfs.catalog_check.contents import Contents, is_imported, read_contents, unnamed
+from desfs.catalog_check.contents import Contents, read_contents, unnamed
 from desfs.errors import StoreError
 from desfs.merging.collect import collect_shard
 from desfs.merging.externals import collect_externals
 from desfs.merging.leases import LeaseBusy
 from desfs.removal.day import read_layout
 from desfs.removal.holding import holding
-from desfs.removal.place import record_of
-from desfs.removal.shard import list_shard
 from desfs.settings import VerifySettings
 from desfs.store.base import ObjectInfo, Store
 
@@ -100,7 +99,7 @@ class Repair:
         found: list[ContainerRecord] = []
         leaving: list[Difference] = []
         for each in differences:
-            if each.what is What.UNKNOWN or (each.what is What.ORPHAN and await self._is_of_others(each)):
+            if each.what is What.UNKNOWN or await self._is_of_others(each):
                 record = await self._describe(each)
                 if record is not None:
                     found.append(record)
@@ -139,15 +138,11 @@ class Repair:
         return compare(records, objects, holders, now, grace_s=self._settings.grace), records
 
     async def _is_of_others(self, difference: Difference) -> bool:
-        """Whether what stands under the key of an upload that was not committed was put there by somebody without a
-        catalog: it is the content of a day then. Raises: StoreError."""
-        name = parse_container_name(difference.key.rpartition("/")[2])
-        if difference.info is None or name is None or name.first != name.last:  # merges are ours alone
+        """Whether what stands under the key of an upload, or of a container that was deleted, is content. Raises:
+        StoreError."""
+        if difference.what not in (What.ORPHAN, What.DELETED) or difference.record is None or difference.info is None:
             return False
-        try:
-            return await asyncio.to_thread(is_imported, self._store, difference.info)
-        except DesFormatError:  # what we put is whole
-            return True
+        return await others_at(self._store, difference.record) is not None
 
     async def _describe(self, difference: Difference) -> ContainerRecord | None:
         """The row for an object; None for one that is no container. Raises: StoreError."""

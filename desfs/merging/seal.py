@@ -13,7 +13,6 @@ run after that deletes it. External objects go last (externals.py).
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -26,16 +25,15 @@ import structlog
 from assignment.catalog import Catalog, ContainerRecord, ContainerState, Lease
 from assignment.errors import ContainerExists, ContainersChanged, LeaseLost
 from des_format.errors import NotAContainer
-from des_format.shards import CONTAINER_SUFFIX, hex_group, is_day, parse_container_name
-from des_format.source import open_container
-from desfs.container import StoreSource, tail_length
+from des_format.shards import CONTAINER_SUFFIX, is_day
+from desfs.adoption import adopt, managed, record_of
 from desfs.errors import NoSuchObject, ObjectReplaced, UsageError
 from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.merging.collect import collect_shard
 from desfs.merging.externals import collect_externals, containers_of
 from desfs.merging.leases import LeaseBusy, held
 from desfs.merging.merge import MergeFailed, MergeRefused, merge_containers
-from desfs.merging.plan import Merge, due, first_open_day, live_of, name_of, plan_seal
+from desfs.merging.plan import Merge, due, first_open_day, live_of, plan_seal
 from desfs.settings import SealSettings
 from desfs.store.base import ObjectInfo
 from desfs.store.retrying import Retrying
@@ -45,8 +43,6 @@ log = structlog.get_logger(__name__)
 # How long the row of a deleted container stays: it tells an upload that comes late for an orphan, and none comes later.
 _FORGET_AFTER_S = 7 * 86400.0
 _NOT_TAKEN = {ContainerState.UPLOADING, ContainerState.DELETED}
-_SHARD = re.compile(r"([0-9a-f]{1,8})[-.]", re.ASCII)
-_MAX_GENERATION = (1 << 53) - 1  # a number that no database holds is no packer's
 
 
 @dataclass(slots=True)
@@ -148,7 +144,7 @@ class Sealer:
 
     async def _has_work(self, shard: str, rows: Sequence[ContainerRecord], objects: dict[str, ObjectInfo]) -> bool:
         known = {record.object_key for record in rows}
-        foreign = [_foreign(info, shard) for key, info in objects.items() if key not in known]
+        foreign = [record_of(info, 0) for key, info in objects.items() if key not in known]
         if self._plan([*rows, *foreign], shard, objects, set()):
             return True
         if any(record.state is ContainerState.UPLOADING for record in rows):
@@ -163,8 +159,9 @@ class Sealer:
         left_alone: set[str] = set()
         known = {record.object_key for record in rows}
         unknown = [info for key, info in objects.items() if key not in known]
-        if unknown and self._plan([*rows, *(_foreign(info, shard) for info in unknown)], shard, objects, left_alone):
-            await self._adopt(lease, unknown)
+        if unknown and self._plan([*rows, *(record_of(info, 0) for info in unknown)], shard, objects, left_alone):
+            for error in await adopt(self._store, self._catalog, lease, unknown, self._effect):
+                self._fail(f"{error}; left as it is")
             rows = await self._rows(lease)
         merges = self._plan(rows, shard, objects, left_alone)
         self.summary.deleted += await collect_shard(
@@ -178,6 +175,7 @@ class Sealer:
             listed=objects,
             effect=self._effect,
         )
+        merges = self._plan(await self._rows(lease), shard, objects, left_alone)
         while merges:
             try:
                 await self._merge(lease, merges[0], drop_tombstones)
@@ -201,20 +199,6 @@ class Sealer:
         self.summary.bytes += merged.size
         self.summary.copied += merged.copied
         log.info("sealed", key=merged.object_key, inputs=len(merged.inputs), size=merged.size, copied=merged.copied)
-
-    async def _adopt(self, lease: Lease, unknown: Iterable[ObjectInfo]) -> None:
-        """Rows for containers that were put by others: imports, say. What is none stays where it is."""
-        records = []
-        for info in unknown:
-            try:
-                files = await asyncio.to_thread(_count_entries, self._store, info)
-            except NotAContainer as error:
-                self._fail(f"{error}; left as it is")
-                continue
-            records.append(_foreign(info, lease.shard, files))
-        if records:
-            self._effect(f"adopt {len(records)} of {lease.shard}")
-            await self._catalog.adopt_containers(lease, records)
 
     def _plan(
         self, rows: Iterable[ContainerRecord], shard: str, objects: dict[str, ObjectInfo], left_alone: set[str]
@@ -262,29 +246,8 @@ class Sealer:
 
 def _shard_of(object_key: str) -> str | None:
     """The shard whose container a key is, None for what is no shard's."""
-    file_name = object_key.rpartition("/")[2]
-    name, shard = parse_container_name(file_name), _SHARD.match(file_name)
-    if name is None or shard is None or name.group != hex_group(shard[1]) or name.last > _MAX_GENERATION:
-        return None
-    return shard[1]
-
-
-def _foreign(info: ObjectInfo, shard: str, files: int = 0) -> ContainerRecord:
-    """The row of a container that no catalog knows."""
-    return ContainerRecord(
-        object_key=info.key,
-        day=date.fromisoformat(info.key.partition("/")[0]),
-        shard=shard,
-        generation=max(name_of(info.key).last, 0),
-        size=info.size,
-        files=files,
-        etag=info.etag,
-    )
-
-
-def _count_entries(store: Retrying, info: ObjectInfo) -> int:
-    source = StoreSource(store, info)
-    return open_container(source, tail_length=tail_length(info.size), max_meta=0).index.footer.file_count
+    found = managed(object_key)
+    return None if found is None else found[0][1]
 
 
 def _read_layout(store: Retrying) -> Layout:

@@ -42,6 +42,7 @@ from des_format.names import MAX_COMPONENT
 from des_format.reader import BaseReader
 from des_format.shards import hex_group, parse_container_name, placement_shard, shard_hex
 from des_format.source import DEFAULT_TAIL
+from desfs.adoption import adopt
 from desfs.container import StoreSource
 from desfs.errors import DesfsError, ObjectExists
 from desfs.layout import Layout
@@ -303,7 +304,11 @@ class Publisher:
                 return await asyncio.to_thread(self._store.put, container.key, built.path)
             except ObjectExists:
                 self._floors.pop(container.day, None)
-                begun = await self._begin(await leases.of(container.day, container.shard))
+                lease = await leases.of(container.day, container.shard)
+                info = await self._object(container.key)
+                if info is not None:  # else it would be taken for an orphan of ours, and collected
+                    await adopt(self._store, self._catalog, lease, [info], self._effect)
+                begun = await self._begin(lease)
                 container.generation, container.key = begun.generation, begun.object_key
                 await self._write_journal(batch, journal)
 

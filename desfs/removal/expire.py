@@ -25,8 +25,8 @@ from zoneinfo import ZoneInfo
 from assignment.catalog import Catalog, ContainerState
 from des_format.layout import BIG_FILES_FOLDER
 from des_format.shards import CONTAINER_SUFFIX, is_day, parse_container_name
+from desfs.adoption import managed
 from desfs.removal.holding import Held, holding
-from desfs.removal.place import managed
 from desfs.settings import ExpireSettings
 from desfs.store.base import ObjectInfo, Store
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from des_format.index import TOMBSTONE
 from des_format.shards import placement_shard, shard_hex
-from desfs.removal.place import managed
+from desfs.adoption import managed
 from desfs.tree import DayTree, Member
 
 Age = tuple[int, str]  # mtime in ns, key: between shards the greater one is the newer one

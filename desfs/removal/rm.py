@@ -30,14 +30,13 @@ from pathlib import Path
 from assignment.catalog import LIVE, Catalog, ContainerRecord, ContainerState, Lease
 from des_format.shards import is_day
 from des_format.writer import DesWriter
+from desfs.adoption import adopt_unknown, list_shard, managed, record_of
 from desfs.container import load_container
 from desfs.errors import DesfsError, NoSuchPath, ObjectExists
 from desfs.packer.layout import NEW_SHARD_BITS
 from desfs.removal.day import open_day, read_layout
 from desfs.removal.holding import holding
-from desfs.removal.place import managed, record_of
 from desfs.removal.plan import Age, DayPlan, plan_removal
-from desfs.removal.shard import adopt_unknown, list_shard
 from desfs.settings import RemovalSettings
 from desfs.store.base import ObjectInfo, Store
 

@@ -97,7 +97,7 @@ def make_day(world: World) -> World:
     store.close()
 
     async def dies(store: Retrying, catalog: Catalog, lease: Lease) -> None:
-        store.put((await catalog.begin_part(lease)).object_key, build_part({"f/1": b"1"}))
+        store.put((await catalog.begin_part(lease)).object_key, build_part({"f/1": b"1"}, ids=True))
 
     world.under_lease("f", dies)
     return world

@@ -560,13 +560,35 @@ def test_uploads_that_nobody_can_commit_are_deleted(world: World) -> None:
     keys = world.under_lease(SHARD, begin)
     store = world.store()
     for key in (*keys, foreign := f"{DAY}/{SHARD}-000009.des"):
-        store.put(key, build_part({"a": b"1"}))
+        store.put(key, build_part({"a": b"1"}, ids=True))
     names = [key.rpartition("/")[2] for key in keys]
     assert collect(world, keep=[keys[1]]) == [f"delete {names[0]}", f"delete {names[2]}", f"forget 2 of {SHARD}"]
     assert world.objects() == [keys[1], foreign]
-    store.put(keys[0], b"late")
+    store.put(keys[0], build_part({"a": b"late"}, ids=True))
     assert collect(world, keep=[keys[1]], listed=world.objects()) == [f"delete {names[0]}", f"forget 1 of {SHARD}"]
     assert world.objects() == [keys[1], foreign]
+
+
+def test_what_others_put_under_the_key_of_an_upload_becomes_content(world: World) -> None:
+    """An import takes a key that is free in the bucket, and knows of no row: its files are not an orphan's.
+
+    So it is with a key whose container was deleted, and with what is no container at all: that stays."""
+
+    async def begin(store: Retrying, catalog: Catalog, lease: Lease) -> list[str]:
+        keys = [(await catalog.begin_part(lease)).object_key for _ in range(3)]
+        await catalog.delete_containers(lease, keys[1:2])
+        return keys
+
+    keys = world.under_lease(SHARD, begin)
+    store = world.store()
+    for key in keys[:2]:
+        store.put(key, build_part({"a": b"imported"}))
+    store.put(keys[2], b"no container")
+    assert collect(world, listed=world.objects()) == [f"adopt 2 of {SHARD}"]
+    assert world.objects() == keys
+    assert list(world.states().values()) == ["committed", "committed", "uploading"]
+    store.delete(keys[2])
+    assert world.shown().contents == {"a": b"imported"}
 
 
 def test_an_upload_of_the_holder_is_left(world: World) -> None:

@@ -196,7 +196,7 @@ def test_dead_uploads_are_collected(world: World) -> None:
 
     async def dies(store: Retrying, catalog: Catalog, lease: Lease) -> str:
         key = (await catalog.begin_part(lease)).object_key
-        store.put(key, build_part({"a": b"never committed"}))
+        store.put(key, build_part({"a": b"never committed"}, ids=True))
         return key
 
     key = world.under_lease("0", dies)
@@ -204,7 +204,7 @@ def test_dead_uploads_are_collected(world: World) -> None:
     assert summary.deleted == 1
     assert key not in world.objects()
     assert world.shown().contents == {"a": b"1"}
-    world.store().put(key, build_part({"a": b"comes late"}))
+    world.store().put(key, build_part({"a": b"comes late"}, ids=True))
     assert world.seal().deleted == 1
     assert key not in world.objects()
 
