@@ -166,7 +166,7 @@ def spool_files(spool: Path) -> list[str]:
     """What programs have in a spool: files and folders, without the packer's own."""
     found = []
     for folder, folders, names in os.walk(spool):  # not rglob, which fails when a folder goes away meanwhile
-        if folder == str(spool):
+        if folder == str(spool) and ".desfs" in folders:  # there is none before its first packer
             folders.remove(".desfs")
         found += [os.path.relpath(os.path.join(folder, name), spool) for name in (*folders, *names)]
     return sorted(found)

@@ -15,6 +15,7 @@ import pytest
 from assignment.catalog import ContainerRecord, ContainerState
 from assignment.opening import open_catalog
 from desfs.store import open_store
+from tests.crash import PROGRAM as DESFS
 from tests.crash import Shown, spool_files, unfinished
 
 PATIENCE_S = 60.0
@@ -37,7 +38,7 @@ def effect(name):
         stopped = True
         os.kill(os.getpid(), signal.SIGSTOP)
 
-settings = PackerSettings(settle=0, shard_bits=1, catalog=catalog, lease_ttl=1.0, log_level="error")
+settings = PackerSettings(settle=0, shard_bits=1, catalog=catalog, lease_ttl=1.0)
 summary = run_packer(spool, store, settings, once=True, effect=effect)
 sys.exit(1 if summary.failures else 0)
 """
@@ -118,3 +119,41 @@ def test_a_packer_that_is_paused_past_its_lease_cannot_commit(stop_at: str, cata
     if stop_at == "commit":
         assert orphans or before.keys() & committed.keys()  # it was packed again, or committed for it
     assert shown.containers.keys() == committed.keys() | orphans
+
+
+def test_a_packer_is_fenced_off_by_one_of_another_spool(catalog: str, tmp_path: Path) -> None:
+    """A packer that comes back after its lease has passed packs its files again, and what it had put is an orphan.
+
+    Stopped between its PUT and its commit, until its lease has passed and another packer has worked on the shard, it
+    cannot commit. Its files are packed again, under the same names, and the orphan is collected."""
+    store = tmp_path / "store"
+    spools = tmp_path / "paused", tmp_path / "other"
+    for spool in spools:
+        for name, data in FILES.items():
+            target = spool / f"{name}-{spool.name}"  # of one directory, and so of one shard
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+    paused = start(spools[0], store, catalog, "commit")
+    try:
+        wait_stopped(paused)
+        (orphan,) = Shown.of(open_store(str(store))).containers
+        pack_until_empty(spools[1], store, catalog)
+        os.kill(paused.pid, signal.SIGCONT)
+        output, _ = paused.communicate(timeout=PATIENCE_S)
+    finally:
+        paused.kill()
+        paused.communicate(timeout=PATIENCE_S)
+    assert paused.returncode == 0, output
+    assert "a lease passed" in output
+    shown = Shown.of(open_store(str(store)))
+    assert shown.contents == {f"{name}-{spool.name}": data for name, data in FILES.items() for spool in spools}
+    assert orphan not in {file.container for file in shown.files.values()}
+    assert {row.object_key: row.state for row in rows(catalog)}[orphan] is ContainerState.UPLOADING
+    command = [str(DESFS), "verify", str(store), "--repair", "--grace", "0"]
+    done = subprocess.run(
+        command, env=os.environ | {"DESFS_CATALOG": catalog}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert orphan not in Shown.of(open_store(str(store))).containers
+    assert {row.object_key: row.state for row in rows(catalog)}[orphan] is ContainerState.DELETED
+    assert Shown.of(open_store(str(store))).contents == shown.contents
