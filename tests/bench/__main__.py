@@ -17,6 +17,7 @@ from tests.bench.large import LARGE_FILES
 from tests.bench.mount import CAP_S, FILES, Options, measure_mount
 from tests.bench.soak import measure_soak
 from tests.bench.store_client import measure_store_client
+from tests.bench.visible import measure_visible
 
 
 def _words(text: str) -> frozenset[str]:
@@ -36,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--systems", type=_words, default=frozenset(), help="only these, with commas between them")
     mount.add_argument("--output", type=Path, help="a directory for table.md, plot.svg and results.json")
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="how long `soak` reads; it runs only when named [30]"
+        "--minutes",
+        type=float,
+        default=30.0,
+        help="how long `soak` reads; it runs only when named [30]; `visible` writes for five at most",
     )
     mount.add_argument("--folder", type=Path, help="where to work: a directory on a disk [/var/tmp]")
     return parser
@@ -59,6 +63,7 @@ def main(arguments: list[str]) -> int:
         "index": measure_index,
         "store_client": measure_store_client,
         "mount": lambda: measure_mount(options),
+        "visible": lambda: measure_visible(min(parsed.minutes, 5.0), parsed.folder),
         "soak": lambda: measure_soak(parsed.minutes, parsed.folder),
     }
     unknown = [name for name in parsed.names if name not in benchmarks]
