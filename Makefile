@@ -41,7 +41,7 @@ MANUAL_PYTHON ?= $(DESTDIR)$(VENVDIR)/bin/python
 # More options for pip, such as --no-index --find-links=DIR.
 PIP_FLAGS ?=
 
-UNITS := desfs-mount@.service desfs-packer@.service desfs-seal@.service desfs-seal@.timer
+UNITS := desfs-mount@.service desfs-packer@.service desfs-assignment@.service desfs-seal@.service desfs-seal@.timer
 EXAMPLES := systemd/mnt-des.mount systemd/mnt-des.automount $(wildcard systemd/examples/*)
 COMPLETIONS := bash:bash-completion/completions/desfs zsh:zsh/site-functions/_desfs \
 	fish:fish/vendor_completions.d/desfs.fish

@@ -80,8 +80,9 @@ class ShardHolder:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerRecord:
     """One container. `size` in bytes, `files` entries; both 0 and `etag` empty while it is `uploading`. `generation` is
-    the last one of its name, 0 for `{shard}.des`. The catalog sets `token` (the lease's) and `changed_at` (the
-    database's clock, when its state changed last); what a caller has in them is ignored."""
+    the last one of its name, 0 for `{shard}.des`. `mark` is the id (META) of its first entry, where its uploader knew
+    it: it tells its object from one that somebody else has put under the key. The catalog sets `token` (the lease's)
+    and `changed_at` (the database's clock, when its state changed last); what a caller has in them is ignored."""
 
     object_key: str
     day: date
@@ -91,6 +92,7 @@ class ContainerRecord:
     files: int = 0
     etag: str = ""
     state: ContainerState = ContainerState.COMMITTED
+    mark: str = ""
     token: int = 0
     changed_at: datetime | None = None
 
@@ -154,9 +156,9 @@ class Catalog(Protocol):
 
     # Containers
 
-    async def begin_part(self, lease: Lease, *, at_least: int = 1) -> ContainerRecord:
-        """An `uploading` row for a part under a generation, `at_least` or greater, that nobody got before or will get
-        again: its key is `{day}/{part_name(shard, generation)}`.
+    async def begin_part(self, lease: Lease, *, at_least: int = 1, mark: str = "") -> ContainerRecord:
+        """An `uploading` row, with this mark, for a part under a generation, `at_least` or greater, that nobody got
+        before or will get again: its key is `{day}/{part_name(shard, generation)}`.
 
         Raises LeaseLost when the lease does not hold any more.
         """
@@ -204,14 +206,14 @@ class Catalog(Protocol):
         ...
 
     async def list_containers(
-        self, day: date | None = None, *, states: Collection[ContainerState] | None = None
+        self, day: date | None = None, *, shard: str | None = None, states: Collection[ContainerState] | None = None
     ) -> list[ContainerRecord]:
-        """The containers of a day, or of all days, in these states, or in any, ascending by day, shard, generation and
-        key."""
+        """The containers of a day or of all days, of a shard or of all, in these states or in any, ascending by day,
+        shard, generation and key."""
         ...
 
-    async def list_days(self) -> list[date]:
-        """The days that have rows of containers that are not `deleted`, ascending."""
+    async def list_days(self, *, latest: int | None = None) -> list[date]:
+        """The days that have rows of containers that are not `deleted`, ascending; the `latest` so many alone."""
         ...
 
     async def forget_deleted(self, older_than_s: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import ssl
 import time
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,12 @@ from assignment.errors import AssignmentError, InvalidRequest, NotAuthorized, Se
 
 log = structlog.get_logger(__name__)
 
-# Half of what the service takes: its limit may have been set lower, but hardly below this.
+# Half of what the service takes; where its limit was set lower, requests are halved until they fit.
 _MAX_BODY = 4 << 20
 _TEMPORARY = frozenset({429, 502, 503, 504})
 _WAIT_INITIAL_S = 0.05
 _WAIT_MAX_S = 5.0
+_WAIT_LAST_S = 1.0  # at least, in the last seconds before the deadline
 _CONNECT_S = 5.0
 # One try: the service gives up after 30 s by itself.
 _TRY_S = 35.0
@@ -49,6 +51,10 @@ class _Again(ServiceUnavailable):
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
         self.wait_s = wait_s
+
+
+class _TooLarge(AssignmentError):
+    """The service takes smaller requests than this one."""
 
 
 class HttpAssignment:
@@ -108,7 +114,8 @@ class HttpAssignment:
                 return False
             log.info("the assignment service is asked again", error=str(error))
             if error.wait_s or left_s <= _WAIT_MAX_S:
-                return min(max(error.wait_s, _WAIT_INITIAL_S), left_s)
+                # Not all at once: those that were refused together wait for different times.
+                return min(max(error.wait_s, _WAIT_LAST_S) * random.uniform(1.0, 1.5), left_s)
             return True
 
         try:
@@ -117,6 +124,11 @@ class HttpAssignment:
             ):
                 with attempt:
                     return await self._ask(paths, body, deadline)
+        except _TooLarge as error:
+            if len(paths) == 1:
+                raise InvalidRequest(str(error)) from error
+            half = len(paths) // 2
+            return [*await self._assign_batch(paths[:half]), *await self._assign_batch(paths[half:])]
         except _Again as error:
             raise ServiceUnavailable(f"gave up after {self._deadline_s:g} s: {error}") from error
         raise AssertionError("a retry loop ends by returning or raising")
@@ -126,7 +138,7 @@ class HttpAssignment:
         try:
             async with asyncio.timeout(max(deadline - time.monotonic(), 1.0)):
                 response = await self._http.post(f"{self._url}/v1/assign", content=body)
-        except (httpx.TransportError, TimeoutError) as error:
+        except (httpx.RequestError, TimeoutError) as error:
             raise _Again(f"{self._url}: {type(error).__name__}: {error}") from error
         if response.status_code != 200:
             raise _refused(self._url, response)
@@ -189,6 +201,8 @@ def _refused(url: str, response: httpx.Response) -> AssignmentError:
         return _Again(said, float(wait) if wait.isascii() and wait.isdigit() else 0.0)
     if status in (401, 403):
         return NotAuthorized(f"{said}: the service wants another token")
+    if status == 413:
+        return _TooLarge(said)
     if status >= 500:
         return ServiceUnavailable(said)
     return InvalidRequest(f"{said}: {response.text[:300]}")

@@ -96,6 +96,7 @@ def container_values(lease: Lease, record: ContainerRecord) -> dict[str, Any]:
         "size": record.size,
         "files": record.files,
         "etag": record.etag,
+        "mark": record.mark,
         "token": lease.token,
         "state": record.state,
     }
@@ -111,6 +112,7 @@ def record_of(row: Row[Any]) -> ContainerRecord:
         files=row.files,
         etag=row.etag,
         state=ContainerState(row.state),
+        mark=row.mark,
         token=row.token,
         changed_at=instant(row.changed_at_ms),
     )

@@ -19,6 +19,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -72,10 +73,12 @@ container = Table(
     Column("token", BigInteger, nullable=False),
     Column("state", String(16), nullable=False),
     Column("changed_at_ms", BigInteger, nullable=False),
+    Column("mark", String(255), nullable=False, server_default=text("''")),
     CheckConstraint("size >= 0", name="size"),
     CheckConstraint("files >= 0", name="files"),
     CheckConstraint(f"state IN ({', '.join(repr(str(state)) for state in ContainerState)})", name="state"),
     Index(None, "day", "shard", "generation"),
+    Index(None, "state", "changed_at_ms"),  # what is `deleted` long enough to be forgotten
 )
 
 # The state of assignment.sequence, of one node and day.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 
 from assignment.catalog import Catalog, ContainerRecord, ContainerState, Lease
@@ -18,7 +18,7 @@ from des_format.errors import DesFormatError, NotAContainer
 from des_format.reader import BaseReader
 from des_format.shards import SEALED, ContainerKey, is_day, parse_container_name
 from des_format.source import DEFAULT_TAIL, open_container
-from desfs.container import StoreSource, tail_length
+from desfs.container import StoreSource, load_container, tail_length
 from desfs.store.base import ObjectInfo, Store
 
 Place = tuple[date, str]  # day and shard
@@ -60,7 +60,7 @@ def record_of(info: ObjectInfo, files: int) -> ContainerRecord:
 
 async def list_shard(store: Store, day: date, shard: str) -> dict[str, ObjectInfo]:
     """The containers of a shard that a catalog can have, by key. Raises: StoreError."""
-    listing = await asyncio.to_thread(store.list, f"{day.isoformat()}/", delimiter=True)
+    listing = await asyncio.to_thread(store.list, f"{day.isoformat()}/{shard}")
     return {
         info.key: info
         for info in listing.objects
@@ -91,38 +91,67 @@ async def adopt_unknown(store: Store, catalog: Catalog, lease: Lease, effect: Ca
     Raises: as `adopt`.
     """
     objects = await list_shard(store, lease.day, lease.shard)
-    for record in await catalog.list_containers(lease.day):  # behind the listing: a row is written before its object
+    for record in await catalog.list_containers(
+        lease.day, shard=lease.shard
+    ):  # behind the listing: a row is written before its object
         objects.pop(record.object_key, None)
     await adopt(store, catalog, lease, objects.values(), effect)
 
 
-async def others_at(store: Store, record: ContainerRecord) -> ObjectInfo | None:
-    """The object under the key of an `uploading` or `deleted` row, if somebody without this catalog put it there.
+async def content_at(store: Store, record: ContainerRecord, live: Sequence[ContainerRecord]) -> ObjectInfo | None:
+    """The object under the key of an `uploading` or `deleted` row, if it is to be taken for content. None for one that
+    can go, and where there is none.
 
-    Raises: NoSuchObject, ObjectReplaced when it changes that very moment; StoreError.
+    What an uploader that died has put (its mark tells) can go when its files were packed again, which hides it; until
+    then it is as good as committed. Comes it when its row is deleted already, so it was, or is going to be. What has no
+    mark goes when it shows nothing that the `live` containers of the shard, as far as they are as new, do not have.
+
+    Raises: NoSuchObject, ObjectReplaced when the shard changes that very moment; StoreError.
     """
     listing = await asyncio.to_thread(store.list, record.object_key)
     info = next((each for each in listing.objects if each.key == record.object_key), None)
     name = parse_container_name(record.object_key.rpartition("/")[2])
-    if info is None or name is None or name.first == SEALED or name.first != name.last:  # merges are ours alone
+    if info is None or name is None:
         return None
-    if record.etag:  # it was committed: what came later is another version
-        return None if info.etag == record.etag else info
+    if record.size and info.etag == record.etag:  # it was content once, and was deleted
+        return None
+    if record.mark:
+        if not await asyncio.to_thread(_has_mark, store, info, record.mark):
+            return info
+        if record.state is ContainerState.DELETED:
+            return None
+    as_new = [
+        each
+        for each in live
+        if each.object_key != record.object_key
+        and (other := parse_container_name(each.object_key.rpartition("/")[2])) is not None
+        and other.last >= name.first
+    ]
+    return None if await asyncio.to_thread(_is_hidden, store, info, as_new) else info
+
+
+def _has_mark(store: Store, info: ObjectInfo, mark: str) -> bool:
+    """Whether a container's first entry has this id."""
     try:
-        return info if await asyncio.to_thread(is_imported, store, info) else None
-    except DesFormatError:  # what we put is whole
-        return info
+        reader = BaseReader(StoreSource(store, info), None, DEFAULT_TAIL)
+        first = next(iter(reader.get_index()), None)
+        return first is not None and reader.get_meta(first).get("id") == mark
+    except DesFormatError:
+        return False  # what we put is whole
 
 
-def is_imported(store: Store, info: ObjectInfo) -> bool:
-    """Whether a container was written by somebody who assigns no ids: an import, which knows no catalog. Packers give
-    each file an id, and what `desfs rm` writes has no files. Blocking.
-
-    Raises: NotAContainer; NoSuchObject, ObjectReplaced when it is not there any more; StoreError.
-    """
-    reader = BaseReader(StoreSource(store, info), None, DEFAULT_TAIL)
-    first = next(iter(reader.get_index()), None)
-    return first is not None and "id" not in reader.get_meta(first)
+def _is_hidden(store: Store, info: ObjectInfo, others: Sequence[ContainerRecord]) -> bool:
+    try:
+        index = load_container(store, info).index
+    except NotAContainer:
+        return False  # what we put is whole
+    left = {index.name(row) for row in range(index.rows)}
+    for record in reversed(others):  # what was packed again is among the newest
+        if not left:
+            break
+        other = load_container(store, ObjectInfo(record.object_key, record.size, record.etag, 0)).index
+        left = {name for name in left if other.find(name) is None}
+    return not left
 
 
 def _count_entries(store: Store, info: ObjectInfo) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _POLL_S = 1.0  # how often the thread asks whether it is still wanted
+_HEALTH_S = 15
 _TOGETHER_S = 0.2  # what a packer announces within so long is one listing: a batch has a container for each shard
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 30.0
 _MOST_NAME = 255  # bytes of a day's name
@@ -65,7 +66,12 @@ class Announcements:
         """Pass on what is announced until the task is cancelled. Abandoned, it ends within a second."""
         import redis
 
-        client = redis.Redis.from_url(self._redis_url, socket_timeout=2 * _POLL_S, socket_connect_timeout=2 * _POLL_S)
+        client = redis.Redis.from_url(
+            self._redis_url,
+            socket_timeout=2 * _POLL_S,
+            socket_connect_timeout=2 * _POLL_S,
+            health_check_interval=_HEALTH_S,  # a connection that is half open says nothing by itself
+        )
         with client, client.pubsub(ignore_subscribe_messages=True) as subscription:  # type: ignore[no-untyped-call]
             subscription.subscribe(self._channel)
             while True:

@@ -10,7 +10,7 @@ import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -92,9 +92,10 @@ def check_catalog(url: SecretStr) -> SecretStr:
 def has_password(url: str) -> bool:
     """Whether a URL holds a password, which does not belong on a command line: `ps` shows that to everybody."""
     try:
-        return "://" in url and urlsplit(url).password is not None
+        parts = urlsplit(url)
     except ValueError:
         return False
+    return "://" in url and (parts.password is not None or "password" in parse_qs(parts.query))
 
 
 def check_timezone(name: str) -> str:
@@ -190,7 +191,6 @@ class PackerSettings(StoreSettings):
     naming: Literal["path", "assigned"] | None = None
     timezone: Timezone = "UTC"
     node_id: int = Field(default=0, ge=0, le=255)
-    holder: str = ""
     catalog: CatalogUrl | None = None
     assignment: str | None = None
     assignment_token_file: str | None = None
@@ -218,7 +218,6 @@ class CatalogSettings(StoreSettings):
     catalog: CatalogUrl | None = None
     lease_ttl: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     wait: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # longer than the lease of one that was killed
-    holder: str = ""
 
 
 class RemovalSettings(CatalogSettings):
@@ -295,11 +294,12 @@ def load_settings(kind: type[S], given: Mapping[str, Any], name_of: Callable[[st
 
     Raises: UsageError naming the option, the variable or the file's key that makes no sense.
     """
-    if has_password(str(given.get("catalog", ""))):
-        raise UsageError(
-            f"{name_of('catalog')}: everybody sees a password on a command line: set {_PREFIX}CATALOG, or write it "
-            "into the settings file"
-        )
+    for name in ("catalog", "redis", "assignment"):
+        if has_password(str(given.get(name, ""))):
+            raise UsageError(
+                f"{name_of(name)}: everybody sees a password on a command line: set {_PREFIX}{name.upper()}, or write "
+                "it into the settings file"
+            )
     path = config_path(given)
     from_file = read_config(path, kind) if path else {}
     merged = {name: value for name, value in from_file.items() if f"{_PREFIX}{name.upper()}" not in os.environ}
@@ -345,7 +345,10 @@ def read_config(path: str, kind: type[ProgramSettings]) -> dict[str, Any]:
     _check_keys(path, "", document, everybody | SECTIONS.keys())
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise UsageError(f"settings file {path}: {name} is a table: [{name}]")
+            # The packer's URL of the service has the name of the service's own table.
+            homes = ", ".join(f"[{home}]" for home, each in SECTIONS.items() if name in each.model_fields)
+            hint = f"; the setting {name} belongs into {homes}" if homes else ""
+            raise UsageError(f"settings file {path}: {name} is a table: [{name}]{hint}")
         _check_keys(path, f"[{name}] ", table, SECTIONS[name].model_fields.keys() - {"config"})
     found = {name: value for name, value in document.items() if name in kind.model_fields}
     for name, each in SECTIONS.items():

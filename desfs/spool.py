@@ -384,6 +384,17 @@ class Spool:
             paths += [name if below == "." else f"{below}/{name}" for name in names]
         return sorted(paths)
 
+    def claimed_files(self, is_ours: Callable[[str], bool]) -> list[tuple[float, int]]:
+        """Seconds since they were claimed, and bytes, of the files in those batches that are ours."""
+        found = []
+        for batch in filter(is_ours, self.batches()):
+            claimed_at = batch.partition("-")[0]
+            age_s = max(self._clock() - int(claimed_at) / 1e9, 0.0) if claimed_at.isdecimal() else 0.0
+            for path in self.claims(batch):
+                with suppress(FileNotFoundError):
+                    found.append((age_s, os.lstat(self.claimed(batch, path)).st_size))
+        return found
+
     def take_over(self, batch: str) -> str | None:
         """Make another worker's batch ours, with all that is in it; its new name, None if somebody was faster.
 

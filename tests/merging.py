@@ -30,13 +30,13 @@ BIG = 4096  # bytes: files of this size are external where a test wants some
 LAYOUT = b'{"shard_bits": 4, "placement": "directory", "naming": "path"}'
 
 
-def build_part(files: Mapping[str, bytes], deleted: Sequence[str] = (), *, ids: bool = False) -> bytes:
-    """A container as an import writes it, without external files; with `ids`, as a packer does."""
+def build_part(files: Mapping[str, bytes], deleted: Sequence[str] = (), *, first_id: str = "") -> bytes:
+    """A container as an import writes it, without external files, or as a packer does, whose first file has an id."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.des"
         with DesWriter(path) as writer:
-            for number, (name, data) in enumerate(files.items()):
-                given = {"id": f"DES_20200229_({number:012X}_00)"} if ids else {}
+            for name, data in files.items():
+                given = {"id": first_id} if first_id and not writer.file_count else {}
                 writer.add_file(name, data, meta_of(data, mtime=1_600_000_000, mode=0o640, **given))
             for name in deleted:
                 writer.add_deleted(name)

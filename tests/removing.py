@@ -32,13 +32,17 @@ DAY = date(2020, 11, 20)  # long over, whatever the clock of the machine says
 BITS = 2
 LAYOUT = b'{"shard_bits": 2, "placement": "directory", "naming": "path"}'
 BIG = 4096
-# Who is repeated takes over its own lease; nothing here waits for another's.
-OPTIONS: dict[str, Any] = {"holder": "test", "wait": 0}
+OPTIONS: dict[str, Any] = {"wait": 0}  # the leases of those who died have passed: `World.end_leases`
 
 
 def shard_of(name: str) -> str:
     """The shard of a name in this layout."""
     return shard_hex(placement_shard(name, BITS), BITS)
+
+
+def file_id(number: int) -> str:
+    """The id of the n-th file of a container here."""
+    return f"DES_20261120_({number:012X}_00)"
 
 
 def put_part(
@@ -49,7 +53,7 @@ def put_part(
     path.parent.mkdir(parents=True, exist_ok=True)
     with DesWriter(path, big_file_threshold=BIG, external_prefix=f"{path.parent.name}/") as writer:
         for number, (name, data) in enumerate(files.items()):
-            ids = {"id": f"DES_20261120_({number:012X}_00)"} if packed else {}
+            ids = {"id": file_id(number)} if packed else {}
             writer.add_file(name, data, meta_of(data, **ids))
         for name in deleted:
             writer.add_deleted(name)
@@ -144,13 +148,18 @@ class World:
 
         return self.run(work)
 
-    def with_lease(self, shard: str, work: Callable[[Catalog, Lease], Awaitable[T]], *, day: date = DAY) -> T:
-        """Do something as a holder that dies with its lease."""
+    def with_lease(
+        self, shard: str, work: Callable[[Catalog, Lease], Awaitable[T]], *, day: date = DAY, lives: bool = False
+    ) -> T:
+        """Do something as a holder that dies, and whose lease has passed, or one that `lives` and keeps it."""
 
         async def main(catalog: Catalog) -> T:
             lease = await catalog.acquire(day, shard, "test", 60.0)
             assert lease is not None
-            return await work(catalog, lease)
+            done = await work(catalog, lease)
+            if not lives:
+                await catalog.release(lease)
+            return done
 
         return self.run(main)
 

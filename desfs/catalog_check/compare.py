@@ -96,7 +96,7 @@ def _difference(
         if info is None:
             return None
         # An orphan's row has no ETag. A row that has one was content, and what has another one is somebody else's.
-        return What.DELETED if record.etag in ("", info.etag) else What.UNKNOWN
+        return What.DELETED if not record.size or record.etag == info.etag else What.UNKNOWN
     if age_s < grace_s:
         return None
     if record.state is ContainerState.SUPERSEDED:

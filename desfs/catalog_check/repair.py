@@ -24,7 +24,7 @@ from assignment.client import InvalidRequest, LeaseLost
 from des_format.errors import DesFormatError, NotAContainer
 from des_format.layout import BIG_FILES_FOLDER
 from des_format.shards import is_day
-from desfs.adoption import list_shard, others_at, record_of
+from desfs.adoption import content_at, list_shard, record_of
 from desfs.catalog_check.check import State, is_older, read_all, take_state
 from desfs.catalog_check.compare import Difference, What, compare
 from desfs.catalog_check.contents import Contents, read_contents, unnamed
@@ -96,10 +96,11 @@ class Repair:
     async def _repair_shard(self, lease: Lease) -> None:
         """Raises: LeaseLost; InvalidRequest; StoreError."""
         differences, records = await self._differences(lease)
+        live = [each for each in records if each.state in LIVE]
         found: list[ContainerRecord] = []
         leaving: list[Difference] = []
         for each in differences:
-            if each.what is What.UNKNOWN or await self._is_of_others(each):
+            if each.what is What.UNKNOWN or await self._is_content(each, live):
                 record = await self._describe(each)
                 if record is not None:
                     found.append(record)
@@ -121,10 +122,11 @@ class Repair:
             self._store,
             self._catalog,
             lease,
-            [each.record for each in leaving if each.record is not None],
+            [*live, *(each.record for each in leaving if each.record is not None)],
             now=await self._catalog.now(),
             grace_s=self._settings.grace,
             listed={each.key for each in leaving if each.info is not None},
+            ttl_s=self._settings.lease_ttl,
             effect=self._effect,
         )
         self._repaired.deleted += sum(each.info is not None for each in leaving)
@@ -132,17 +134,17 @@ class Repair:
     async def _differences(self, lease: Lease) -> tuple[list[Difference], list[ContainerRecord]]:
         """What differs in the shard now, ascending by key, and its rows."""
         objects = await list_shard(self._store, lease.day, lease.shard)
-        records = [each for each in await self._catalog.list_containers(lease.day) if each.shard == lease.shard]
+        records = await self._catalog.list_containers(lease.day, shard=lease.shard)
         holders = {(each.day, each.shard): each for each in await self._catalog.list_holders(lease.day)}
         now = await self._catalog.now()
         return compare(records, objects, holders, now, grace_s=self._settings.grace), records
 
-    async def _is_of_others(self, difference: Difference) -> bool:
+    async def _is_content(self, difference: Difference, live: Sequence[ContainerRecord]) -> bool:
         """Whether what stands under the key of an upload, or of a container that was deleted, is content. Raises:
         StoreError."""
         if difference.what not in (What.ORPHAN, What.DELETED) or difference.record is None or difference.info is None:
             return False
-        return await others_at(self._store, difference.record) is not None
+        return await content_at(self._store, difference.record, live) is not None
 
     async def _describe(self, difference: Difference) -> ContainerRecord | None:
         """The row for an object; None for one that is no container. Raises: StoreError."""

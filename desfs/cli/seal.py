@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json as jsons
+import os
 import socket
 import sys
 from contextlib import closing
@@ -31,8 +32,8 @@ def run(store: str, options: dict[str, Any], *, day: str | None, json: bool) -> 
     async def main(settings: SealSettings, url: str) -> Summary:
         with closing(open_store(store, settings.s3_options(), deadline_s=settings.deadline)) as opened:
             async with opened_catalog(url) as catalog:
-                # The next run of this host goes on at once where one has died; others wait until its lease has passed.
-                holder = f"{settings.holder or socket.gethostname()}:seal"
+                # A name that no other process has: two that are at work on one shard must not take it from each other.
+                holder = f"{socket.gethostname()}:{os.getpid()}:seal"
                 sealer = Sealer(opened, catalog, settings, holder=holder)
                 if day is None:
                     await sealer.seal_past()

@@ -2,8 +2,11 @@
 
 What goes is what the catalog says of a key, never what the store answers: an error is an error, and the row stays as
 it is until a DELETE has succeeded. A run that dies in between deletes once more, which does no harm: such a key never
-holds anything else, but for an upload that the next holder may have begun; so the lease is renewed before one of those
-goes.
+holds anything else, but for an upload that the next holder may have begun; so the lease is renewed before uploads go.
+
+Two things are looked at in the store before, because a DELETE cannot be taken back: that an upload which nobody can
+commit shows nothing that no other container has (`desfs.adoption`), and, before merged containers go, that all of the
+shard's content is there as the catalog has it.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 
-from assignment.catalog import Catalog, ContainerRecord, ContainerState, Lease
+import structlog
+
+from assignment.catalog import LIVE, Catalog, ContainerRecord, ContainerState, Lease
 from assignment.errors import LeaseLost
-from desfs.adoption import adopt, others_at
+from desfs.adoption import adopt, content_at, list_shard
 from desfs.errors import StoreError
-from desfs.merging.leases import LEASE_TTL_S
 from desfs.merging.plan import dead_uploads, due
-from desfs.store.base import Store
+from desfs.store.base import ObjectInfo, Store
+
+log = structlog.get_logger(__name__)
 
 
 async def collect_shard(
@@ -29,28 +35,38 @@ async def collect_shard(
     *,
     now: datetime,
     grace_s: float,
+    ttl_s: float,
     keep: Collection[str] = (),
     listed: Collection[str] = (),
     effect: Callable[[str], None] = lambda name: None,
 ) -> int:
     """Delete, of the rows of a shard: uploads that nobody can commit any more, but for those to `keep`; objects that
     are `listed` and whose rows are `deleted`, which came late; and superseded containers whose grace has passed, the
-    oldest first, up to the first that cannot be deleted. How many objects. What others have put under the key of an
-    upload, or of a deleted container, becomes content instead.
+    oldest first, up to the first that cannot be deleted. How many objects. What stands under the key of an upload or of
+    a deleted container, and is content, gets a row instead. `records` has all live rows of the shard; `ttl_s` is the
+    lease's.
 
     Raises: LeaseLost; StoreError, when the rows of what was deleted before have been changed; AssignmentError.
     """
     late = [each for each in records if each.state is ContainerState.DELETED and each.object_key in listed]
     orphans = [each for each in (*dead_uploads(records, lease.token), *late) if each.object_key not in keep]
+    live = [each for each in records if each.state in LIVE]
     if orphans:
-        of_others = {info.key: info for each in orphans if (info := await others_at(store, each)) is not None}
-        await adopt(store, catalog, lease, of_others.values(), effect)  # what is no container stays all the same
-        orphans = [each for each in orphans if each.object_key not in of_others]
-        if await catalog.renew(lease, LEASE_TTL_S) is None:
+        content: dict[str, ObjectInfo] = {}
+        for each in orphans:
+            info = await content_at(store, each, live)
+            if info is not None:
+                content[each.object_key] = info
+        await adopt(store, catalog, lease, content.values(), effect)  # what is no container stays all the same
+        orphans = [each for each in orphans if each.object_key not in content]
+        if await catalog.renew(lease, ttl_s) is None:
             raise LeaseLost(f"shard {lease.shard} of {lease.day}: its lease has passed")
+    merged = due(records, now, grace_s)
+    if merged and not await _are_there(store, lease, live):
+        merged = []
     gone: list[str] = []
     failure: StoreError | None = None
-    for record in (*orphans, *due(records, now, grace_s)):
+    for record in (*orphans, *merged):
         effect(f"delete {record.object_key}")
         try:
             await asyncio.to_thread(store.delete, record.object_key)
@@ -64,3 +80,17 @@ async def collect_shard(
     if failure is not None:
         raise failure
     return len(gone)
+
+
+async def _are_there(store: Store, lease: Lease, live: Sequence[ContainerRecord]) -> bool:
+    """Whether the store has all live containers of the shard as the catalog has them: what was merged into one that is
+    gone may be all that there is."""
+    objects = await list_shard(store, lease.day, lease.shard)
+    for record in live:
+        found = objects.get(record.object_key)
+        if found is None or (found.size, found.etag) != (record.size, record.etag):
+            log.error(
+                "a container is not as in the catalog: nothing that was merged is deleted", container=record.object_key
+            )
+            return False
+    return True

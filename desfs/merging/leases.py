@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import date
 from typing import Protocol
 
@@ -30,7 +30,11 @@ class LeaseKeeper(Protocol):
     """Whoever holds leases and renews them: a packer does, for its batches."""
 
     async def of(self, day: date, shard: str) -> Lease:
-        """The lease of a shard. Raises: DesfsError when another one holds it; AssignmentError."""
+        """The lease of a shard. Raises: LeaseBusy when another one holds it; AssignmentError."""
+        ...
+
+    async def done_with(self, day: date, shard: str) -> object:
+        """Let others have a shard; one that is not held is no error. Raises nothing."""
         ...
 
 
@@ -54,6 +58,8 @@ async def held(
         yield lease
     finally:
         renewer.cancel()
+        with suppress(asyncio.CancelledError):
+            await renewer  # what has ended it before, unexpectedly, is raised
         try:
             await catalog.release(lease)
         except AssignmentError as error:

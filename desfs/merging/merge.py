@@ -49,9 +49,9 @@ from des_format.index import BAD_DATA, BAD_META, Index
 from des_format.layout import EXTERNAL, FOOTER, HEADER, Footer
 from des_format.meta import MetaColumns
 from des_format.source import open_container
+from desfs.adoption import content_at
 from desfs.container import StoreSource, meta_pieces, tail_length
 from desfs.errors import DesfsError, NoSuchObject, ObjectExists, ObjectReplaced, StoreError
-from desfs.merging.leases import LEASE_TTL_S
 from desfs.merging.plan import Merge
 from desfs.merging.rows import U64, Entries, Rows, extents_of
 from desfs.store.base import CopyRange, ObjectInfo
@@ -137,9 +137,17 @@ class Built:
 
 
 async def merge_containers(
-    store: Retrying, catalog: Catalog, lease: Lease, merge: Merge, *, drop_tombstones: bool, effect: Effect
+    store: Retrying,
+    catalog: Catalog,
+    lease: Lease,
+    merge: Merge,
+    *,
+    drop_tombstones: bool,
+    ttl_s: float,
+    effect: Effect,
 ) -> Merged:
-    """Carry a merge out, and commit it. `drop_tombstones` where nothing older than the inputs can have their names.
+    """Carry a merge out, and commit it. `drop_tombstones` where nothing older than the inputs can have their names;
+    `ttl_s` is the lease's.
 
     Raises: MergeRefused, and has written nothing; MergeFailed; StoreError; AssignmentError; OSError of the directory
     for temporary files. A call that is cancelled is like one that died.
@@ -149,7 +157,7 @@ async def merge_containers(
         built = await asyncio.to_thread(build, store, merge.inputs, drop_tombstones=drop_tombstones, stack=stack)
         effect(f"begin {key}")
         await catalog.begin_container(lease, key, merge.generation)
-        await _put(store, catalog, lease, key, built, effect)
+        await _put(store, catalog, lease, merge, built, ttl_s, effect)
         etag = await asyncio.to_thread(check_stored, store, key, built)
         record = ContainerRecord(
             object_key=key,
@@ -167,7 +175,10 @@ async def merge_containers(
     return Merged(key, inputs, record.size, record.files, copied=built.file is None)
 
 
-async def _put(store: Retrying, catalog: Catalog, lease: Lease, key: str, built: Built, effect: Effect) -> None:
+async def _put(
+    store: Retrying, catalog: Catalog, lease: Lease, merge: Merge, built: Built, ttl_s: float, effect: Effect
+) -> None:
+    key = merge.object_key
     for _ in range(_TRIES):
         effect(f"put {key}")
         try:
@@ -178,8 +189,10 @@ async def _put(store: Retrying, catalog: Catalog, lease: Lease, key: str, built:
                 return
         row = await catalog.find_container(key)
         is_ours = row is not None and row.state is ContainerState.UPLOADING and row.token == lease.token
-        if not is_ours or await catalog.renew(lease, LEASE_TTL_S) is None:
+        if row is None or not is_ours or await catalog.renew(lease, ttl_s) is None:
             raise LeaseLost(f"{key}: another one puts it")
+        if await content_at(store, row, merge.inputs) is not None:
+            raise MergeFailed(f"{key}: holds what is nowhere else: it was put by somebody without this catalog")
         effect(f"delete {key}")
         await asyncio.to_thread(store.delete, key)
     raise StoreError(f"{key}: found another object there {_TRIES} times")

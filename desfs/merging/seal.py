@@ -171,6 +171,7 @@ class Sealer:
             rows,
             now=await self._catalog.now(),
             grace_s=self._settings.delete_grace,
+            ttl_s=self._settings.lease_ttl,
             keep={merge.object_key for merge in merges},
             listed=objects,
             effect=self._effect,
@@ -191,6 +192,7 @@ class Sealer:
             lease,
             merge,
             drop_tombstones=drop_tombstones and merge.at_bottom,
+            ttl_s=self._settings.lease_ttl,
             effect=self._effect,
         )
         self.summary.sealed += 1
@@ -218,7 +220,7 @@ class Sealer:
         return held(self._catalog, day, shard, self._holder, settings.lease_ttl, settings.wait)
 
     async def _rows(self, lease: Lease) -> list[ContainerRecord]:
-        return [row for row in await self._catalog.list_containers(lease.day) if row.shard == lease.shard]
+        return await self._catalog.list_containers(lease.day, shard=lease.shard)
 
     # --- external objects --------------------------------------------------------------------------------------------
 

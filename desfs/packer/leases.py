@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import date
 
 import structlog
 
 from assignment.catalog import Catalog, Lease
 from assignment.client import AssignmentError
-from desfs.errors import DesfsError
+from desfs.merging.leases import LeaseBusy
 
 log = structlog.get_logger(__name__)
 
 _RENEWALS_PER_TTL = 3
-
-
-class LeaseBusy(DesfsError):
-    """Another packer works on the shard: its files wait."""
 
 
 class Leases:
@@ -42,14 +39,16 @@ class Leases:
             self._leases[day, shard] = lease
         return lease
 
-    async def done_with(self, day: date, shard: str) -> None:
-        """Let others have a shard. A catalog that does not answer lets the lease pass."""
+    async def done_with(self, day: date, shard: str) -> bool:
+        """Let others have a shard; False when the catalog did not answer, and the lease has to pass."""
         lease = self._leases.pop((day, shard), None)
         if lease is not None:
             try:
                 await self._catalog.release(lease)
             except AssignmentError as error:
                 log.warning("a lease was not released, and will pass", shard=shard, error=str(error))
+                return False
+        return True
 
     async def __aenter__(self) -> Leases:
         self._renewer = asyncio.create_task(self._renew())
@@ -58,8 +57,11 @@ class Leases:
     async def __aexit__(self, *exception: object) -> None:
         assert self._renewer is not None
         self._renewer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._renewer  # what has ended it before, unexpectedly, is raised
         for day, shard in list(self._leases):
-            await self.done_with(day, shard)
+            if not await self.done_with(day, shard):
+                break  # the others would wait as long for a catalog that does not answer, and pass as well
 
     async def _renew(self) -> None:
         while True:

@@ -7,6 +7,7 @@ changes, claim different files of it (a claim is a rename), and the shard's leas
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class Membership:
         self._shard_bits = shard_bits
         self._ttl_s = ttl_s
         self._details = details
+        self._digits = len(shard_hex(0, shard_bits))
         self._dropped_bits = max(shard_bits - _MOST_BITS, 0)
         bits = shard_bits - self._dropped_bits
         self._shards = [shard_hex(shard, bits) for shard in range(1 << bits)]
@@ -61,7 +63,8 @@ class Membership:
     async def __aexit__(self, *exception: object) -> None:
         assert self._beating is not None
         self._beating.cancel()
-        await asyncio.gather(self._beating, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._beating  # what has ended it before, unexpectedly, is raised
         try:
             await self._catalog.remove_worker(self.name)
         except AssignmentError as error:
@@ -103,8 +106,12 @@ class Membership:
         return self._shares[self._shards[shard >> self._dropped_bits]] == self.name
 
     def tends(self, shard: str) -> bool:
-        """Whether a shard is ours to keep in order, among all workers of the catalog."""
-        return self._shards[int(shard, 16) >> self._dropped_bits] in self._tended
+        """Whether a shard is ours to keep in order, among all workers of the catalog. Nobody tends those that the
+        layout does not have, which others have put: sealing does."""
+        number = int(shard, 16)
+        if len(shard) != self._digits or number >> self._dropped_bits >= len(self._shards):
+            return False
+        return self._shards[number >> self._dropped_bits] in self._tended
 
     def is_ours(self, batch: str) -> bool:
         """Whether a batch is ours to finish as it stands."""

@@ -46,10 +46,11 @@ from desfs.adoption import adopt
 from desfs.container import StoreSource
 from desfs.errors import DesfsError, ObjectExists
 from desfs.layout import Layout
+from desfs.merging.leases import LeaseBusy
 from desfs.packer.batch import Cut, Item, cut
 from desfs.packer.build import Builder, Built
 from desfs.packer.journal import VERSION, Journal, JournalContainer, JournalFile
-from desfs.packer.leases import LeaseBusy, Leases
+from desfs.packer.leases import Leases
 from desfs.packer.summary import Summary
 from desfs.settings import PackerSettings
 from desfs.spool import ClaimedFiles, FileState, Spool
@@ -97,6 +98,8 @@ class Publisher:
             spool, store, big_file_threshold=settings.big_file_threshold, naming=layout.naming, effect=effect
         )
         self._floors: dict[date, dict[str, int]] = {}
+        # Of files that no journal has yet: those that wait for a shard which others work on keep what they were given.
+        self._assigned: dict[str, Assignment] = {}
         self._journal_lock = asyncio.Lock()
         self._spool_lock = asyncio.Lock()  # a Spool is for one thread at a time
 
@@ -137,16 +140,33 @@ class Publisher:
                 undecided.append(container)
                 continue
             record = await self._catalog.find_container(container.key)
-            if record is None or record.state is ContainerState.UPLOADING:
-                info = await self._object(container.key)
-                if record is None or info is None or not await asyncio.to_thread(self._is_ours, container, info):
-                    continue
-                if not await self._commit_found(batch, journal, container, info, lease):
-                    continue
-            elif record.state is ContainerState.DELETED and record.size == 0:
-                continue  # never committed, and collected since
-            await asyncio.to_thread(self._delete_packed, batch, container)
+            if await self._is_content(batch, journal, container, record, lease):
+                await asyncio.to_thread(self._delete_packed, batch, container)
         return undecided
+
+    async def _is_content(
+        self,
+        batch: str,
+        journal: Journal,
+        container: JournalContainer,
+        record: ContainerRecord | None,
+        lease: Lease,
+    ) -> bool:
+        """Whether the files of a container are safe: it was committed, or is now."""
+        if record is not None and record.state is not ContainerState.UPLOADING and record.token == container.token:
+            return record.size > 0  # else it was never committed, and its row was collected
+        # Not begun, begun and no more, or taken for content by somebody who found an object under its key: ours, or
+        # another packer's with another catalog.
+        info = await self._object(container.key)
+        if info is None:
+            return False
+        if not await asyncio.to_thread(self._is_ours, container, info):
+            if record is None or record.state in (ContainerState.UPLOADING, ContainerState.DELETED):
+                await adopt(self._store, self._catalog, lease, [info], self._effect)
+            return False
+        if record is not None and record.state not in (ContainerState.UPLOADING, ContainerState.DELETED):
+            return True
+        return await self._commit_found(batch, journal, container, info, lease)
 
     async def _object(self, key: str) -> ObjectInfo | None:
         listing = await asyncio.to_thread(self._store.list, key)
@@ -175,8 +195,8 @@ class Publisher:
             for each in journal.containers:
                 if (each.day, each.shard, each.token) == (container.day, container.shard, lease.previous_token):
                     each.token = lease.token
+                    await self._catalog.begin_container(lease, each.key, each.generation)
             await self._write_journal(batch, journal)
-            await self._catalog.begin_container(lease, container.key, container.generation)
         await self._commit(lease, _record(container, len(container.files), info.size, info.etag))
         self._count(container, [file.size for file in container.files.values()])
         return True
@@ -185,15 +205,15 @@ class Publisher:
         """The files of a batch that are still to be packed, each with its day, shard and id: those of the journal
         again, so that a file that was packed twice has one name in one day."""
         planned = {path: old.file_of(path) for path in states} if old is not None else {}
-        fresh = [path for path in states if planned.get(path) is None]
-        assignments = dict(zip(fresh, await self._client.assign(fresh) if fresh else [], strict=True))
+        fresh = [path for path in states if planned.get(path) is None and path not in self._assigned]
+        self._assigned.update(zip(fresh, await self._client.assign(fresh) if fresh else [], strict=True))
         items = []
         for path, state in states.items():
             known = planned.get(path)
             if known is not None:
                 items.append(self._item(path, state, Assignment(path, known[0].day, known[0].shard, known[1].id)))
             else:
-                items.append(self._item(path, state, assignments[path]))
+                items.append(self._item(path, state, self._assigned[path]))
         return items
 
     def _claimed_states(self, batch: str, undecided: set[str]) -> ClaimedFiles:
@@ -240,12 +260,15 @@ class Publisher:
                 item.path: JournalFile(item.id, item.state.inode, item.state.size, item.state.mtime_ns)
                 for item in plan.items
             }
-            begun = await self._begin(lease)
+            begun = await self._begin(lease, plan.items[0].id)
             container = JournalContainer(begun.object_key, plan.day, plan.shard, begun.generation, lease.token, files)
             plans.append((plan, container))
         kept = undecided + ([] if old is None else _those_with(old, {item.path for item in waiting}))
         journal = Journal(VERSION, [*kept, *(container for _, container in plans)])
         await self._write_journal(batch, journal)
+        for _, container in plans:
+            for path in container.files:
+                self._assigned.pop(path, None)
         limit = asyncio.Semaphore(_PARALLEL)
         left = Counter((container.day, container.shard) for _, container in plans)
         failures = await asyncio.gather(
@@ -278,7 +301,7 @@ class Publisher:
                     container.files = {item.path: container.files[item.path] for item in built.items}
                     await self._write_journal(batch, journal)
                 if built.path is not None:
-                    size = built.path.stat().st_size
+                    size = (await asyncio.to_thread(built.path.stat)).st_size
                     etag = await self._put(batch, journal, container, built, leases)
                     lease = await leases.of(plan.day, plan.shard)
                     await self._commit(lease, _record(container, len(built.items), size, etag))
@@ -286,7 +309,7 @@ class Publisher:
             finally:
                 # Also when it was not put: the next try builds it anew, under another key.
                 if built.path is not None:
-                    built.path.unlink(missing_ok=True)
+                    await asyncio.to_thread(built.path.unlink, missing_ok=True)
             left[plan.day, plan.shard] -= 1
             if not left[plan.day, plan.shard]:
                 await leases.done_with(plan.day, plan.shard)
@@ -308,12 +331,13 @@ class Publisher:
                 info = await self._object(container.key)
                 if info is not None:  # else it would be taken for an orphan of ours, and collected
                     await adopt(self._store, self._catalog, lease, [info], self._effect)
-                begun = await self._begin(lease)
+                begun = await self._begin(lease, next(iter(container.files.values())).id)
                 container.generation, container.key = begun.generation, begun.object_key
                 await self._write_journal(batch, journal)
 
-    async def _begin(self, lease: Lease) -> ContainerRecord:
-        """A part of the next generation of a shard: above all that the catalog has given and all that the store has."""
+    async def _begin(self, lease: Lease, mark: str) -> ContainerRecord:
+        """A part of the next generation of a shard: above all that the catalog has given and all that the store has.
+        `mark` is the id of its first file."""
         floors = self._floors.get(lease.day)
         if floors is None:
             floors = {}
@@ -325,7 +349,7 @@ class Publisher:
             self._floors[lease.day] = floors
         at_least = max(floors.get(hex_group(lease.shard), 0) + 1, 1)
         self._effect(f"begin {lease.day}/{lease.shard}")
-        return await self._catalog.begin_part(lease, at_least=at_least)
+        return await self._catalog.begin_part(lease, at_least=at_least, mark=mark)
 
     async def _commit(self, lease: Lease, record: ContainerRecord) -> None:
         self._effect(f"commit {record.object_key}")

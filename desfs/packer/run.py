@@ -118,6 +118,7 @@ async def _open_client(spool: Spool, settings: PackerSettings, layout: Layout) -
         holder=spool.place.name,
         service_url=settings.assignment,
         token=read_token(settings.assignment_token_file),
+        ca_bundle=settings.ca_bundle,
         deadline_s=settings.deadline,
     )
 

@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 
 _ROUNDS = 2  # of --once: what came or changed while the first was packed gets one more chance
 _GRACE_S = 0.5  # beyond the settle time: file times have the grain of the kernel's tick
-_BUSY_S = 0.2  # until shards that others work on are tried again: a container takes about so long
+_BUSY_S = 0.1  # until shards that others work on are tried again, doubled each time: a container takes about so long
 _LONGEST_S = 30.0  # between two tries of what fails
 _TEND_S = 5.0  # between two looks at the shards that are ours to keep in order; each is a query for an open day
 _DAYS_S = 60.0  # how long it is known which days are the latest
@@ -75,7 +75,7 @@ class Packer:
             ttl_s=settings.lease_ttl,
             details=self._details,
         )
-        self._holder = settings.holder or spool.place.name
+        self._holder = spool.place.name
         self._publisher = Publisher(
             spool,
             store,
@@ -96,6 +96,7 @@ class Packer:
                 max_container_bytes=settings.max_container_bytes,
                 max_container_files=settings.max_container_files,
                 delete_grace=settings.delete_grace,
+                lease_ttl=settings.lease_ttl,
             ),
             effect,
         )
@@ -154,7 +155,7 @@ class Packer:
 
     async def _repeat(self) -> None:
         interval_s = self._settings.scan_interval
-        delay_s, is_started, has_failed = interval_s, False, False
+        delay_s, busy_s, is_started, has_failed = interval_s, _BUSY_S, False, False
         while not self._stop.is_set():
             try:
                 if not is_started or has_failed:
@@ -162,9 +163,9 @@ class Packer:
                 if not is_started:
                     await asyncio.to_thread(self._start)
                     is_started = True
-                is_whole = await self._recover()
                 found = await asyncio.to_thread(self._scan)
-                self._note_waiting(found)
+                await asyncio.to_thread(self._note_waiting, found)
+                is_whole = await self._recover()
                 if self._is_due(found):
                     before = self.summary.files, self.summary.containers
                     is_whole &= await self._take(found)
@@ -172,7 +173,8 @@ class Packer:
                     log.info("packed", files=files, containers=containers)
                 await self._remove_emptied(wait=False)
                 await self._tend()
-                delay_s, has_failed = (interval_s if is_whole else min(_BUSY_S, interval_s)), False
+                busy_s = _BUSY_S if is_whole else min(busy_s * 2, interval_s)
+                delay_s, has_failed = interval_s if is_whole else busy_s, False
                 if is_whole and not found and not self.summary.emptied:
                     delay_s = max(interval_s, self._settings.rescan_interval)
             except (DesfsError, DesFormatError, AssignmentError, OSError) as error:
@@ -206,8 +208,10 @@ class Packer:
         return found
 
     def _note_waiting(self, found: list[Found]) -> None:
-        self._oldest_s = max((each.age_s for each in found), default=None)
-        self._waiting = len(found), sum(each.size for each in found)
+        """What waits: in the spool, and in batches of ours that could not be finished yet."""
+        waiting = [(each.age_s, each.size) for each in found] + self._spool.claimed_files(self._membership.is_ours)
+        self._oldest_s = max((age_s for age_s, _ in waiting), default=None)
+        self._waiting = len(waiting), sum(size for _, size in waiting)
 
     def _details(self) -> dict[str, Any]:
         """What the worker says of itself to the others."""
@@ -321,16 +325,16 @@ class Packer:
         if now - self._tended_at < _TEND_S or self._stop.is_set():
             return
         if now - self._days_at > _DAYS_S:
-            self._latest_days = (await self._client.catalog.list_days())[-_OPEN_DAYS:]
+            self._latest_days = await self._client.catalog.list_days(latest=_OPEN_DAYS)
             self._fresh_days.clear()
             self._days_at = now
+        self._tended_at = now
         days = sorted({*self._latest_days, *self._fresh_days})
         async with Leases(self._client.catalog, self._holder, self._settings.lease_ttl) as leases:
             done = await self._compactor.run_due(leases, days, self._membership.tends)
         self.summary.merged += sum(len(merged.inputs) for each in done for merged in each.merged)
         for day in {each.day for each in done}:
             self._announce(day)
-        self._tended_at = time.monotonic()
 
     def _published(self, day: date, shard: str) -> None:
         self._fresh_days.add(day)

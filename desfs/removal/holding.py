@@ -19,5 +19,5 @@ Held = Callable[[date, str], AbstractAsyncContextManager[Lease]]
 def holding(catalog: Catalog, settings: CatalogSettings, command: str) -> Held:
     """What gives the lease of a shard, waited for as the settings say, for as long as a block lasts (`held`)."""
     # A name that no other process has: two that are at work on one shard must not take it from each other.
-    holder = settings.holder or f"{socket.gethostname()}:{os.getpid()}:{command}"
+    holder = f"{socket.gethostname()}:{os.getpid()}:{command}"
     return partial(held, catalog, holder=holder, ttl_s=settings.lease_ttl, wait_s=settings.wait)

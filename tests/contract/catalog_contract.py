@@ -478,6 +478,8 @@ class CatalogContract(CatalogScenarios):
             await begun(catalog, lease, merged)
             keys = [record(1).object_key, record(2).object_key, record(1).object_key]
             await catalog.commit_container(lease, merged, supersedes=keys)
+            assert {c.shard for c in await catalog.list_containers(DAY, shard="3f")} <= {"3f"}
+            assert await catalog.list_containers(shard="ee") == []
             assert [(c.object_key, c.state) for c in await catalog.list_containers(states=LIVE)] == [
                 (merged.object_key, ContainerState.COMMITTED),
                 (record(3).object_key, ContainerState.COMMITTED),

@@ -209,7 +209,7 @@ def test_on_the_way_down_only_what_is_content_stays(url: str) -> None:
     """The first version of the program takes every row for a commit."""
     move(url)
     values = ", ".join(
-        f"('{state}', '2026-11-20', '3f', {number}, 1, 1, 'e', 1, '{state}', 1500)"
+        f"('{state}', '2026-11-20', '3f', {number}, 1, 1, 'e', 1, '{state}', 1500, '')"
         for number, state in enumerate(ContainerState)
     )
     execute(url, f"INSERT INTO container VALUES {values}")

@@ -89,17 +89,17 @@ def make_day(world: World) -> World:
     world.put("0", {"a": b"2"}, deleted=["gone", "old-big"])
     world.seal()
     world.put("0", {"c": b"late"})
+
+    async def dies(store: Retrying, catalog: Catalog, lease: Lease) -> None:
+        store.put((await catalog.begin_part(lease)).object_key, build_part({"f/1": b"1"}))
+
+    world.under_lease("f", dies)
     for n in (1, 2):
         world.put("f", {f"f/{n}": b"%d" % n})
     world.put("1", {"i/1": b"1", "i/2": b"2"})
     store = world.store()
     store.put(f"{DAY}/1-000007.des", build_part({"i/2": b"newer"}))
     store.close()
-
-    async def dies(store: Retrying, catalog: Catalog, lease: Lease) -> None:
-        store.put((await catalog.begin_part(lease)).object_key, build_part({"f/1": b"1"}, ids=True))
-
-    world.under_lease("f", dies)
     return world
 
 

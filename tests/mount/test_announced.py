@@ -56,40 +56,43 @@ def test_a_redis_that_goes_away_costs_the_wait_and_nothing_else(tmp_path: Path) 
     spool, store = tmp_path / "spool", tmp_path / "store"
     spool.mkdir()
     store.mkdir()
-    with servers.redis_server(tmp_path) as redis:
-        with mounted_with(store, tmp_path / "mnt", redis.url) as mount, redis.client() as client:
-            wait_until(lambda: client.pubsub_channels("desfs:new:*") != [], "the mount listens")
-            os.kill(redis.pid, 9)
-            began = time.monotonic()
-            assert os.listdir(mount) == []
-            (spool / "first").write_bytes(b"1")
-            done = subprocess.run(
-                [
-                    PROGRAM,
-                    "packer",
-                    "--once",
-                    "--spool",
-                    spool,
-                    "--store",
-                    store,
-                    "--settle",
-                    "0",
-                    "--redis",
-                    redis.url,
-                ],
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE_S,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr
-            assert "a new container was not announced" in done.stderr
-            assert time.monotonic() - began < LONG_S / 10
-            wait_until(lambda: "not announced" in (tmp_path / "log").read_text(), "the mount says so")
-            with servers.redis_server(tmp_path, port=redis.port) as again, again.client() as other:
-                wait_until(lambda: other.pubsub_channels("desfs:new:*") != [], "it listens again")
-                (spool / "second").write_bytes(b"2")
-                pack(spool, store, again.url)
-                wait_until(lambda: os.listdir(mount) != [], "what is announced now is shown")
-                (day,) = mount.iterdir()
-                assert sorted(os.listdir(day)) == ["first", "second"]
+    with (
+        servers.redis_server(tmp_path) as redis,
+        mounted_with(store, tmp_path / "mnt", redis.url) as mount,
+        redis.client() as client,
+    ):
+        wait_until(lambda: client.pubsub_channels("desfs:new:*") != [], "the mount listens")
+        os.kill(redis.pid, 9)
+        began = time.monotonic()
+        assert os.listdir(mount) == []
+        (spool / "first").write_bytes(b"1")
+        done = subprocess.run(
+            [
+                PROGRAM,
+                "packer",
+                "--once",
+                "--spool",
+                spool,
+                "--store",
+                store,
+                "--settle",
+                "0",
+                "--redis",
+                redis.url,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "a new container was not announced" in done.stderr
+        assert time.monotonic() - began < LONG_S / 10
+        wait_until(lambda: "not announced" in (tmp_path / "log").read_text(), "the mount says so")
+        with servers.redis_server(tmp_path, port=redis.port) as again, again.client() as other:
+            wait_until(lambda: other.pubsub_channels("desfs:new:*") != [], "it listens again")
+            (spool / "second").write_bytes(b"2")
+            pack(spool, store, again.url)
+            wait_until(lambda: os.listdir(mount) != [], "what is announced now is shown")
+            (day,) = mount.iterdir()
+            assert sorted(os.listdir(day)) == ["first", "second"]

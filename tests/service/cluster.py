@@ -261,7 +261,7 @@ class Cluster:
         assert not foreign, f"foreign {sorted(foreign)[:9]}"
         wrong = [name for name, digest in self.files.items() if shown[name] != digest]
         assert not wrong, f"other bytes: {wrong[:9]}"
-        for options in (("--repair",), ()):
+        for options in ((), ("--repair",), ()):
             done = subprocess.run(
                 [str(PROGRAM), "verify", self.store, *options],
                 env=os.environ | self.env | {"DESFS_CATALOG": self.catalog},
@@ -270,6 +270,7 @@ class Cluster:
                 timeout=300,
                 check=False,
             )
+            assert "not in the catalog" not in done.stdout, done.stdout[-3000:]
             assert done.returncode == 0, f"{options}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
     def tracebacks(self) -> dict[str, str]:

@@ -84,6 +84,7 @@ def test_units_users_folders_and_documents_are_in_place(installed: Path) -> None
     found = files_of(installed)
     documents = {path for path in found if path.endswith(".md")}
     assert found - documents == {
+        "srv/lib/systemd/system/desfs-assignment@.service",
         "srv/lib/systemd/system/desfs-mount@.service",
         "srv/lib/systemd/system/desfs-packer@.service",
         "srv/lib/systemd/system/desfs-seal@.service",
@@ -95,6 +96,8 @@ def test_units_users_folders_and_documents_are_in_place(installed: Path) -> None
         "srv/share/man/man1/desfs.1",
         "srv/share/man/man8/mount.desfs.8",
         "srv/share/zsh/site-functions/_desfs",
+        "srv/share/doc/desfs/examples/assignment.env",
+        "srv/share/doc/desfs/examples/assignment.toml",
         "srv/share/doc/desfs/examples/mnt-des.automount",
         "srv/share/doc/desfs/examples/mnt-des.mount",
         "srv/share/doc/desfs/examples/mount.env",
@@ -112,7 +115,7 @@ def test_units_users_folders_and_documents_are_in_place(installed: Path) -> None
 def test_units_run_the_installed_program(installed: Path) -> None:
     for unit in (installed / "srv/lib/systemd/system").iterdir():
         text = unit.read_text()
-        assert "\nExecStart=/srv/bin/desfs " in text
+        assert unit.suffix == ".timer" or "\nExecStart=/srv/bin/desfs " in text
         assert "\nDocumentation=file:/srv/share/doc/desfs/operations.md\n" in text
         assert "@BINDIR@" not in text
         assert "@DOCDIR@" not in text
@@ -195,6 +198,7 @@ def test_every_place_can_be_another(tmp_path: Path) -> None:
     """PREFIX, which is /usr/local, moves all of it but the helper of mount(8); each place has a variable of its own."""
     assert make("install-units", f"DESTDIR={tmp_path}").returncode == 0
     assert files_of(tmp_path) == {
+        "usr/local/lib/systemd/system/desfs-assignment@.service",
         "usr/local/lib/systemd/system/desfs-mount@.service",
         "usr/local/lib/systemd/system/desfs-packer@.service",
         "usr/local/lib/systemd/system/desfs-seal@.service",

@@ -11,10 +11,13 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from tests import merging, servers
+from tests.crash import spool_files
 from tests.mount.mounting import PATIENCE_S, wait_until
 from tests.mount.stores import pack_tree, upload
 from tests.service.private_systemd import ROOT, Machine, private_systemd
@@ -22,7 +25,9 @@ from tests.service.private_systemd import ROOT, Machine, private_systemd
 pytestmark = pytest.mark.fuse
 
 DAY = "2026-11-20"
-SERVICES = ("desfs-mount@.service", "desfs-packer@.service", "desfs-seal@.service")
+TOKEN = "t0ken-of-the-units"
+TOKENS = "/etc/desfs/assignment.tokens"
+SERVICES = ("desfs-mount@.service", "desfs-packer@.service", "desfs-assignment@.service", "desfs-seal@.service")
 # What gives a service a mount namespace of its own: systemd.exec(5), and exec_needs_mount_namespace() in systemd 252
 # (src/core/execute.c) and 258 (src/core/exec-invoke.c).
 NAMESPACING = [
@@ -171,6 +176,13 @@ def prepare_mount(world: World, name: str, where: str, *, settings: str = "", va
     return f"desfs-mount@{name}.service"
 
 
+def write_for_group(machine: Machine, path: str, text: str) -> None:
+    """A file that services of the user desfs may read."""
+    machine.write(path, text)
+    machine.output("chown", "root:desfs", path)
+    machine.output("chmod", "640", path)
+
+
 def _host_pid(machine: Machine, unit: str) -> int:
     """The main process as the tests see it, outside of the machine's namespace of processes."""
     inside = str(main_pid(machine, unit))
@@ -309,9 +321,7 @@ def test_a_packer_service_packs_what_members_of_the_group_write(world: World) ->
     machine = world.machine
     variables = f"STORE=s3://{world.bucket}/packed\nDESFS_SETTLE=0\nDESFS_MAX_AGE=0\nDESFS_SCAN_INTERVAL=0.1\n"
     machine.write("/etc/desfs/packer-test.env", variables + world.credentials)
-    machine.write("/etc/desfs/packer-test.toml", '[packer]\ntimezone = "UTC"\n')
-    machine.output("chown", "root:desfs", "/etc/desfs/packer-test.toml")
-    machine.output("chmod", "640", "/etc/desfs/packer-test.toml")
+    write_for_group(machine, "/etc/desfs/packer-test.toml", '[packer]\ntimezone = "UTC"\n')
     machine.systemctl("start", "desfs-packer@test.service")
     # A user of the group, who is not the packer's and whose umask lets the group read.
     group = machine.output("getent", "group", "desfs").split(":")[2]
@@ -323,6 +333,80 @@ def test_a_packer_service_packs_what_members_of_the_group_write(world: World) ->
     assert machine.show("desfs-packer@test.service", "Result") == "success", machine.log()
     status = machine.output("stat", "--format=%U %a", "/var/spool/desfs/.desfs")
     assert status == "desfs 2700\n"
+
+
+@pytest.fixture
+def assignment(world: World, postgres: str) -> Iterator[str]:
+    """The URL of an assignment service that is running, with its catalog in Postgres and its token in a file."""
+    (port,) = servers.free_ports(1)
+    url = f"http://{servers.HOST}:{port}"
+    world.machine.write("/etc/desfs/assignment-test.env", f"DESFS_CATALOG={postgres}\n")
+    write_for_group(world.machine, TOKENS, f"{TOKEN}\n")
+    settings = f'[assignment]\nlisten = "{servers.HOST}:{port}"\ntoken_file = "{TOKENS}"\n'
+    write_for_group(world.machine, "/etc/desfs/assignment-test.toml", settings)
+    # A process that is stopped ends by no other signal.
+    drop_in = "[Service]\nRestartSec=0\nWatchdogSec=3\nWatchdogSignal=SIGKILL\n"
+    world.machine.drop_in("desfs-assignment@test.service", drop_in)
+    world.machine.systemctl("start", "desfs-assignment@test.service")
+    yield url
+    world.machine.systemctl("stop", "desfs-assignment@test.service")
+
+
+def workers_of(url: str) -> list[dict[str, Any]]:
+    """The packers that live, as an assignment service says."""
+    found = httpx.get(f"{url}/v1/workers", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=PATIENCE_S)
+    assert found.status_code == 200, found.text
+    return [worker for worker in found.json()["workers"] if worker["alive"]]
+
+
+def test_two_packers_share_a_spool_a_catalog_and_an_assignment_service(
+    world: World, postgres: str, assignment: str
+) -> None:
+    """With catalog and service in their settings files."""
+    machine = world.machine
+    machine.output("mkdir", "/var/spool/desfs/shared")
+    machine.output("chown", "desfs:desfs", "/var/spool/desfs/shared")
+    packers = ("desfs-packer@one.service", "desfs-packer@two.service")
+    for name in ("one", "two"):
+        variables = f"STORE=s3://{world.bucket}/shared\nSPOOL=/var/spool/desfs/shared\n"
+        machine.write(f"/etc/desfs/packer-{name}.env", variables + world.credentials)
+        settings = (
+            f'catalog = "{postgres}"\nsettle = 0\nmax_age = 0\nscan_interval = 0.1\nlease_ttl = 10\n'
+            f'[packer]\nassignment = "{assignment}"\nassignment_token_file = "{TOKENS}"\n'
+        )
+        write_for_group(machine, f"/etc/desfs/packer-{name}.toml", settings)
+    machine.systemctl("start", *packers)
+    wait_until(lambda: len(workers_of(assignment)) == 2, "two packers")
+    assert len({worker["spool"] for worker in workers_of(assignment)}) == 1
+    spool = machine.folder / "var/spool/desfs/shared"
+    # As the packers' user, folder by folder: of shards of both.
+    write = "for n in 0 1 2 3 4 5 6 7; do mkdir $n && echo packed >$n/new.txt || exit 1; done"
+    as_desfs = ("setpriv", "--reuid=desfs", "--regid=desfs", "--clear-groups", "sh", "-c")
+    machine.output(*as_desfs, f"cd /var/spool/desfs/shared; {write}")
+    wait_until(lambda: not spool_files(spool), "the packers")
+    wait_until(lambda: sum(worker["details"]["packed_files"] for worker in workers_of(assignment)) == 8, "their word")
+    machine.systemctl("stop", *packers)
+    for unit in packers:
+        assert machine.show(unit, "Result") == "success", machine.log()
+    assert workers_of(assignment) == []
+    assert len(_keys(world, "shared/")) >= 2
+
+
+def test_an_assignment_service_is_ready_watched_and_ends_in_order(world: World, assignment: str) -> None:
+    """As the user desfs, without any capability; it gives its node id back."""
+    machine, unit = world.machine, "desfs-assignment@test.service"
+    assert machine.show(unit, "StatusText") == f"serving {assignment}"
+    status = Path(f"/proc/{_host_pid(machine, unit)}/status").read_text()
+    assert re.search(r"^CapBnd:\t0000000000000000$", status, re.MULTILINE), status
+    assert not re.search(r"^Uid:\t0\t", status, re.MULTILINE)
+    assert httpx.get(f"{assignment}/v1/workers").status_code == 401
+    before = main_pid(machine, unit)
+    os.kill(_host_pid(machine, unit), signal.SIGSTOP)
+    wait_until(lambda: main_pid(machine, unit) not in (0, before), "another one")
+    wait_until(lambda: machine.show(unit, "ActiveState") == "active", "its start")
+    wait_until(lambda: httpx.get(f"{assignment}/readyz").status_code == 200, "a node id")
+    machine.systemctl("stop", unit)
+    assert machine.show(unit, "Result") == "success", machine.log()
 
 
 def test_a_seal_service_seals_what_is_over(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,9 +422,7 @@ def test_a_seal_service_seals_what_is_over(world: World, tmp_path: Path, monkeyp
     machine.output("chown", "desfs:desfs", "/var/spool/desfs/catalog.sqlite")
     variables = f"STORE={sealed.store_url}\nDESFS_CATALOG=/var/spool/desfs/catalog.sqlite\n"
     machine.write("/etc/desfs/seal-test.env", variables + world.credentials)
-    machine.write("/etc/desfs/seal-test.toml", '[seal]\ntimezone = "UTC"\n')
-    machine.output("chown", "root:desfs", "/etc/desfs/seal-test.toml")
-    machine.output("chmod", "640", "/etc/desfs/seal-test.toml")
+    write_for_group(machine, "/etc/desfs/seal-test.toml", '[seal]\ntimezone = "UTC"\n')
     machine.systemctl("start", "desfs-seal@test.service")
     assert "looked at 1 day: sealed 2 containers into 1 (" in machine.log()
     assert f"sealed/{merging.DAY}/0.des" in _keys(world, "sealed/")

@@ -22,7 +22,7 @@ from tests.crash import Shown
 from tests.fakes.faulty_store import FaultyStore
 from tests.mount.mounting import desfs
 from tests.mount.stores import WatchedStore
-from tests.removing import BIG, DAY, LAYOUT, World, put_day, put_part, shard_of
+from tests.removing import BIG, DAY, LAYOUT, World, file_id, put_day, put_part, shard_of
 
 FILES = {name: name.encode() for name in ("a", "b", "c", "d/1", "d/2")} | {"big": b"x" * BIG}
 SHARD = shard_of("a")
@@ -45,16 +45,29 @@ def found(world: World) -> list[tuple[str, str, str | None]]:
     return [(each.kind, each.container, each.entry) for each in world.findings]
 
 
-def begin(world: World, *, put: bool = True, packed: bool = True) -> ContainerRecord:
-    """A part whose upload is under way, or has died."""
+def begin(world: World, *, put: bool = True, packed: bool = True, lives: bool = False) -> ContainerRecord:
+    """A part whose upload has died, or is under way."""
 
     async def work(catalog: Catalog, lease: Lease) -> ContainerRecord:
-        record = await catalog.begin_part(lease, at_least=2)
+        record = await catalog.begin_part(lease, at_least=2, mark=file_id(0))
         if put:
             put_part(world.root, record.object_key, {"a": b"orphan"}, packed=packed)
         return record
 
-    return world.with_lease(SHARD, work)
+    return world.with_lease(SHARD, work, lives=lives)
+
+
+def pack_again(world: World) -> None:
+    """What the upload that died had is committed under a newer generation."""
+
+    async def work(catalog: Catalog, lease: Lease) -> None:
+        record = await catalog.begin_part(lease)
+        put_part(world.root, record.object_key, {"a": FILES["a"]}, packed=True)
+        info = world.objects()[record.object_key]
+        committed = replace(record, size=info.size, etag=info.etag, files=1, state=ContainerState.COMMITTED)
+        await catalog.commit_container(lease, committed)
+
+    world.with_lease(SHARD, work)
 
 
 def merge(world: World) -> ContainerRecord:
@@ -173,7 +186,7 @@ def test_uploads_and_merges_that_are_young_are_nothing(world: World) -> None:
 
 def test_an_upload_that_goes_on_is_nothing_however_old(world: World) -> None:
     """Its lease holds, and its token is the shard's."""
-    record = begin(world)
+    record = begin(world, lives=True)
     world.assert_agrees(grace=0)
     world.repair(grace=0)
     assert record.object_key in world.objects()
@@ -184,7 +197,7 @@ def test_an_upload_that_nobody_can_commit_any_more_is_collected(world: World, pu
     """Its lease has passed, so that whoever takes the shard has another token. Its row stays, to tell an object that
     comes late."""
     record = begin(world, put=put)
-    world.end_leases()
+    pack_again(world)
     world.compare(grace=0)
     assert found(world) == [("warning", record.object_key, None)]
     assert world.repair(grace=0).deleted == put
@@ -197,6 +210,15 @@ def test_an_upload_that_nobody_can_commit_any_more_is_collected(world: World, pu
     assert world.repair().deleted == 1
     world.assert_agrees()
     assert world.shown() == FILES
+
+
+def test_an_upload_whose_files_were_not_packed_again_is_committed(world: World) -> None:
+    """Its spool may be lost: nothing says that anybody has them still."""
+    record = begin(world)
+    assert world.repair(grace=0).adopted == 1
+    world.assert_agrees(grace=0)
+    assert world.shown() == FILES | {"a": b"orphan"}
+    assert world.rows()[record.object_key].state is ContainerState.COMMITTED
 
 
 def test_a_container_of_an_import_is_never_taken_for_an_orphan(world: World) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from desfs.errors import UsageError
-from desfs.settings import MountSettings, PackerSettings, StoreSettings, load_settings, read_config, unknown_variables
+from desfs.settings import (
+    SECTIONS,
+    MountSettings,
+    PackerSettings,
+    StoreSettings,
+    load_settings,
+    read_config,
+    unknown_variables,
+)
+
+ROOT = Path(__file__).parents[2]
 
 
 def name_of(name: str) -> str:
@@ -49,7 +60,11 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
         ("refesh = 5\n", "refesh is no setting; did you mean refresh?"),
         ("[mount]\nsettle = 5\n", r"\[mount\] settle is no setting"),
         ("[monut]\nrefresh = 5\n", r"monut is no setting; did you mean mount\?"),
-        ("mount = 5\n", r"mount is a table: \[mount\]"),
+        ("mount = 5\n", r"mount is a table: \[mount\]$"),
+        (
+            'assignment = "http://assignment:8000"\n',
+            r"assignment is a table: \[assignment\]; the setting assignment belongs into \[packer\]$",
+        ),
         ("refresh = \n", r"line 1, column 11"),
         ("refresh = 0\n", "refresh: Input should be greater than 0"),
         ('config = "other"\n', "config is no setting"),
@@ -62,6 +77,19 @@ def test_what_makes_no_sense_is_named_with_the_file(tmp_path: Path, text: str, m
     path.write_text(text)
     with pytest.raises(UsageError, match=f"{path}: .*{message}"):
         load_settings(MountSettings, {"config": str(path)}, name_of)
+
+
+def test_the_documented_files_and_the_examples_make_sense(tmp_path: Path) -> None:
+    """Those that are commented out in the examples too."""
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/operations.md").read_text(encoding="utf-8"), re.DOTALL)
+    examples = [path.read_text(encoding="utf-8") for path in (ROOT / "systemd/examples").glob("*.toml")]
+    assert (len(blocks), len(examples)) == (2, 4)
+    for text in (*blocks, *examples, *(re.sub(r"^#(?! |$)", "", each, flags=re.MULTILINE) for each in examples)):
+        path = tmp_path / "desfs.toml"
+        path.write_text(text, encoding="utf-8")
+        for kind in SECTIONS.values():
+            needed = {"older_than": "90d"} if "older_than" in kind.model_fields else {}
+            load_settings(kind, {"config": str(path), **needed}, name_of)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -373,7 +373,9 @@ def merge(world: World, records: Sequence[ContainerRecord], store: Retrying | No
     effects: list[str] = []
 
     async def work(own: Retrying, catalog: Catalog, lease: Lease) -> None:
-        await merge_containers(store or own, catalog, lease, plan(records), drop_tombstones=True, effect=effects.append)
+        await merge_containers(
+            store or own, catalog, lease, plan(records), drop_tombstones=True, ttl_s=60, effect=effects.append
+        )
 
     world.under_lease(SHARD, work)
     return effects
@@ -410,7 +412,7 @@ def test_an_object_that_is_the_one_to_be_put_is_committed(world: World, size: in
             raise KeyboardInterrupt
 
     async def dies(store: Retrying, catalog: Catalog, lease: Lease) -> None:
-        await merge_containers(store, catalog, lease, plan(records), drop_tombstones=True, effect=die)
+        await merge_containers(store, catalog, lease, plan(records), drop_tombstones=True, ttl_s=60, effect=die)
 
     with pytest.raises(KeyboardInterrupt):
         world.under_lease(SHARD, dies)
@@ -456,7 +458,7 @@ def test_an_upload_of_a_successor_is_not_deleted(world: World) -> None:
         loop = asyncio.get_running_loop()
         watched.before = succeed
         await merge_containers(
-            Retrying(watched), catalog, lease, plan(records), drop_tombstones=True, effect=lambda name: None
+            Retrying(watched), catalog, lease, plan(records), drop_tombstones=True, ttl_s=60, effect=lambda name: None
         )
 
     with pytest.raises(LeaseLost, match="another one puts it"):
@@ -470,7 +472,9 @@ def test_a_lost_lease_supersedes_nothing(world: World) -> None:
 
     async def work(store: Retrying, catalog: Catalog, lease: Lease) -> None:
         await catalog.release(lease)
-        await merge_containers(store, catalog, lease, plan(records), drop_tombstones=True, effect=lambda name: None)
+        await merge_containers(
+            store, catalog, lease, plan(records), drop_tombstones=True, ttl_s=60, effect=lambda name: None
+        )
 
     with pytest.raises(LeaseLost):
         world.under_lease(SHARD, work)
@@ -522,6 +526,7 @@ def collect(world: World, *, grace_s: float = 0, store: Retrying | None = None, 
             records,
             now=now,
             grace_s=grace_s,
+            ttl_s=60,
             effect=effects.append,
             **more,  # type: ignore[arg-type]
         )
@@ -552,21 +557,23 @@ def test_an_error_is_not_taken_for_success(world: World) -> None:
 
 
 def test_uploads_that_nobody_can_commit_are_deleted(world: World) -> None:
-    """And objects that come when their row is deleted already; what has no row is nobody's."""
+    """When their files were packed again. And objects that come when their row is deleted already; what has no row is
+    nobody's."""
 
     async def begin(store: Retrying, catalog: Catalog, lease: Lease) -> list[str]:
         return [(await catalog.begin_part(lease)).object_key for _ in range(3)]
 
     keys = world.under_lease(SHARD, begin)
     store = world.store()
+    again = world.put(SHARD, {"a": b"1"}).object_key
     for key in (*keys, foreign := f"{DAY}/{SHARD}-000009.des"):
-        store.put(key, build_part({"a": b"1"}, ids=True))
+        store.put(key, build_part({"a": b"1"}))
     names = [key.rpartition("/")[2] for key in keys]
     assert collect(world, keep=[keys[1]]) == [f"delete {names[0]}", f"delete {names[2]}", f"forget 2 of {SHARD}"]
-    assert world.objects() == [keys[1], foreign]
-    store.put(keys[0], build_part({"a": b"late"}, ids=True))
+    assert world.objects() == [keys[1], again, foreign]
+    store.put(keys[0], build_part({"a": b"late"}))
     assert collect(world, keep=[keys[1]], listed=world.objects()) == [f"delete {names[0]}", f"forget 1 of {SHARD}"]
-    assert world.objects() == [keys[1], foreign]
+    assert world.objects() == [keys[1], again, foreign]
 
 
 def test_what_others_put_under_the_key_of_an_upload_becomes_content(world: World) -> None:
@@ -595,7 +602,7 @@ def test_an_upload_of_the_holder_is_left(world: World) -> None:
     async def work(store: Retrying, catalog: Catalog, lease: Lease) -> int:
         await catalog.begin_part(lease)
         records = await catalog.list_containers(DAY)
-        return await collect_shard(store, catalog, lease, records, now=await catalog.now(), grace_s=0)
+        return await collect_shard(store, catalog, lease, records, now=await catalog.now(), grace_s=0, ttl_s=60)
 
     assert world.under_lease(SHARD, work) == 0
     assert list(world.states().values()) == ["uploading"]

@@ -84,7 +84,7 @@ def pack(spool: Path, store: Path, *, effect: Callable[[str], None] = lambda nam
 
 def packer_on(spool: Path, store: FaultyStore, *, deadline_s: float = 30.0, **settings: Any) -> Summary:
     """`packer --once` on a store that fails by script."""
-    parsed = PackerSettings(**{"settle": 0, "holder": str(spool), **settings})
+    parsed = PackerSettings(**{"settle": 0, **settings})
     retrying = Retrying(store, deadline_s)
 
     async def run() -> Summary:

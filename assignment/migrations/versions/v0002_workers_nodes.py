@@ -14,6 +14,8 @@ _RENAME = "ALTER TABLE container RENAME COLUMN {} TO {}"
 
 def upgrade() -> None:
     op.execute(_RENAME.format("created_at_ms", "changed_at_ms"))
+    op.add_column("container", sa.Column("mark", sa.String(255), nullable=False, server_default=sa.text("''")))
+    op.create_index(op.f("ix_container_state_changed_at_ms"), "container", ["state", "changed_at_ms"])
     op.create_table(
         "worker",
         sa.Column("name", sa.String(255), nullable=False),
@@ -38,6 +40,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     # The older program takes every row for a commit.
     op.execute("DELETE FROM container WHERE state NOT IN ('committed', 'sealed')")
+    op.drop_index(op.f("ix_container_state_changed_at_ms"), "container")
+    op.drop_column("container", "mark")
     op.drop_table("node")
     op.drop_table("worker")
     op.execute(_RENAME.format("changed_at_ms", "created_at_ms"))
