@@ -166,7 +166,7 @@ class Publisher:
             return False
         if record is not None and record.state not in (ContainerState.UPLOADING, ContainerState.DELETED):
             return True
-        return await self._commit_found(batch, journal, container, info, lease)
+        return await self._commit_found(batch, journal, container, record, info, lease)
 
     async def _object(self, key: str) -> ObjectInfo | None:
         listing = await asyncio.to_thread(self._store.list, key)
@@ -186,7 +186,13 @@ class Publisher:
             return False
 
     async def _commit_found(
-        self, batch: str, journal: Journal, container: JournalContainer, info: ObjectInfo, lease: Lease
+        self,
+        batch: str,
+        journal: Journal,
+        container: JournalContainer,
+        record: ContainerRecord | None,
+        info: ObjectInfo,
+        lease: Lease,
     ) -> bool:
         """Commit an object that was put before a crash, if its token is the last that was given for the shard."""
         if lease.token != container.token:
@@ -195,8 +201,9 @@ class Publisher:
             for each in journal.containers:
                 if (each.day, each.shard, each.token) == (container.day, container.shard, lease.previous_token):
                     each.token = lease.token
-                    await self._catalog.begin_container(lease, each.key, each.generation)
             await self._write_journal(batch, journal)
+        if record is None or record.token != lease.token:
+            await self._catalog.begin_container(lease, container.key, container.generation)
         await self._commit(lease, _record(container, len(container.files), info.size, info.etag))
         self._count(container, [file.size for file in container.files.values()])
         return True

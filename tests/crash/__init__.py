@@ -51,9 +51,26 @@ class PackerForks:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def run(self, spool: Path, store: str, *, die_at: int | None = None, uid: int = 0, **settings: Any) -> Run:
-        """`packer --once` with these settings, as user `uid`, killed before its `die_at`-th effect, counted from 1."""
-        order = {"spool": str(spool), "store": store, "die_at": die_at, "uid": uid, "settings": settings}
+    def run(
+        self,
+        spool: Path,
+        store: str,
+        *,
+        die_at: int | None = None,
+        die_before: str = "",
+        uid: int = 0,
+        **settings: Any,
+    ) -> Run:
+        """`packer --once` with these settings, as user `uid`, killed before its `die_at`-th effect, counted from 1, or
+        before the first whose name begins so."""
+        order = {
+            "spool": str(spool),
+            "store": store,
+            "die_at": die_at,
+            "die_before": die_before,
+            "uid": uid,
+            "settings": settings,
+        }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")

@@ -33,7 +33,8 @@ def _pack(order: dict[str, Any], report: int) -> NoReturn:
         nonlocal count
         with lock:
             count += 1
-            if count == order["die_at"]:
+            dies = order["die_before"] and name.startswith(order["die_before"])
+            if count == order["die_at"] or dies:
                 os.kill(os.getpid(), signal.SIGKILL)
             os.write(report, f"{name}\n".encode())
 

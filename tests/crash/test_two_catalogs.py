@@ -1,0 +1,96 @@
+"""Two spools that write to one store, each with its embedded catalog: neither knows of the other's containers, and
+neither may harm them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from desfs.store import open_store
+from tests.crash import PROGRAM, PackerForks, Run, Shown, packer_forks
+
+SETTINGS: dict[str, Any] = {"settle": 0, "shard_bits": 1, "max_parts": 4, "delete_grace": 0, "log_level": "error"}
+NODES = {"one": 1, "other": 2}
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[PackerForks]:
+    with packer_forks() as started:
+        yield started
+
+
+class TwoSpools:
+    """The spools `one` and `other`, and their store."""
+
+    def __init__(self, forks: PackerForks, folder: Path) -> None:
+        self._forks = forks
+        self.folder = folder
+        self.store = folder / "store"
+        for name in NODES:
+            (folder / name).mkdir()
+
+    def pack(self, spool: str, files: dict[str, bytes], *, die_before: str = "", **settings: Any) -> Run:
+        """Write files into a spool and pack them; the packer dies before its first effect of this kind."""
+        for path, data in files.items():
+            (self.folder / spool / path).write_bytes(data)
+        given = SETTINGS | {"node_id": NODES[spool]} | settings
+        run = self._forks.run(self.folder / spool, str(self.store), die_before=die_before, **given)
+        assert (run.status == 0) == (not die_before), run
+        return run
+
+    def repair(self, spool: str) -> None:
+        """`verify --repair` with a spool's catalog."""
+        catalog = self.folder / spool / ".desfs/catalog.sqlite"
+        command = [PROGRAM, "verify", self.store, "--catalog", catalog, "--repair", "--grace", "0"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def shown(self) -> dict[str, bytes]:
+        return Shown.of(open_store(str(self.store))).contents
+
+
+@pytest.mark.parametrize("died_before", ["journal", "put"])
+def test_a_key_that_another_has_taken_is_not_ours_to_delete(
+    died_before: str, forks: PackerForks, tmp_path: Path
+) -> None:
+    """One begins a container and dies before its PUT; the other takes the key, and deletes its file from its spool."""
+    world = TwoSpools(forks, tmp_path)
+    world.pack("one", {"a": b"one's"}, die_before="rename journal" if died_before == "journal" else "put")
+    world.pack("other", {"b": b"the other's"})
+    assert world.shown() == {"b": b"the other's"}
+    for number in range(8):  # it goes on, and merges what it has made
+        world.pack("one", {f"c{number}": b"c"})
+    wanted = {"a": b"one's", "b": b"the other's"} | {f"c{number}": b"c" for number in range(8)}
+    assert world.shown() == wanted
+    for spool in NODES:
+        world.repair(spool)
+        assert world.shown() == wanted
+
+
+def test_nothing_is_merged_across_anothers_container(forks: PackerForks, tmp_path: Path) -> None:
+    """The newest version of a file wins, whoever has packed it, and whatever is merged around it."""
+    world = TwoSpools(forks, tmp_path)
+    merged = 0
+    for number in range(16):
+        if number == 2:
+            world.pack("one", {"file": b"old"})
+        if number == 3:
+            world.pack("other", {"file": b"new"})
+        run = world.pack("one", {f"c{number}": b"c"})
+        merged += any(effect.startswith("commit") and effect.count("-") > 3 for effect in run.effects)
+        assert world.shown().get("file") == (None if number < 2 else b"old" if number < 3 else b"new")
+    assert merged
+    assert world.shown().keys() == {"file"} | {f"c{number}" for number in range(16)}
+
+
+@pytest.mark.parametrize("effect", ["begin", "put", "commit", "unlink"])
+def test_several_containers_of_one_shard_are_recovered(effect: str, forks: PackerForks, tmp_path: Path) -> None:
+    world = TwoSpools(forks, tmp_path)
+    files = {f"f{number}": b"%d" % number for number in range(6)}
+    world.pack("one", files, die_before=effect, max_container_files=1)
+    world.pack("one", {}, max_container_files=1)
+    assert world.shown() == files
