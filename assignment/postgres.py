@@ -29,7 +29,8 @@ from assignment.errors import (
     InvalidRequest,
 )
 from assignment.schema import MIGRATE_COMMAND, SCHEMA_VERSION, revision_name, revision_table
-from assignment.sql import SqlCatalog, to_the_end
+from assignment.sql import SqlCatalog
+from assignment.sql_connection import to_the_end
 
 SCHEMES = ("postgresql", "postgresql+asyncpg")
 
@@ -119,6 +120,7 @@ class PostgresCatalog(SqlCatalog):
             command_timeout=command_timeout_s + _ANSWER_LATE_S,
             server_settings={
                 "application_name": "desfs",
+                "synchronous_commit": "on",  # a commit is durable when it returns, whatever the server's default
                 "statement_timeout": timeout_ms,
                 "idle_in_transaction_session_timeout": timeout_ms,
             },

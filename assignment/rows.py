@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, and_, case
 
-from assignment.catalog import ContainerRecord, ContainerState, Lease, NodeLease
-from assignment.errors import InvalidRequest
+from assignment.catalog import ContainerRecord, ContainerState, Lease, NodeLease, Worker
+from assignment.errors import CatalogCorrupt, InvalidRequest
 from assignment.schema import DatabaseNowMs, container, node, shard_lease
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -100,6 +101,24 @@ def container_values(lease: Lease, record: ContainerRecord) -> dict[str, Any]:
         "token": lease.token,
         "state": record.state,
     }
+
+
+def worker_of(row: Row[Any]) -> Worker:
+    """Raises: CatalogCorrupt for details that are no JSON object."""
+    try:
+        details = json.loads(row.details)
+    except ValueError as error:
+        raise CatalogCorrupt(f"worker {row.name!r}: its details are no JSON: {error}") from error
+    if not isinstance(details, dict):
+        raise CatalogCorrupt(f"worker {row.name!r}: its details are {type(details).__name__}, want an object")
+    return Worker(
+        name=row.name,
+        spool=row.spool,
+        details=details,
+        started_at=instant(row.started_at_ms),
+        expires_at=instant(row.expires_at_ms),
+        alive=bool(row.alive),
+    )
 
 
 def record_of(row: Row[Any]) -> ContainerRecord:

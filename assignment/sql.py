@@ -13,22 +13,12 @@ before it looks at its WHERE. (Seen with Postgres 15 for both: tests/contract/te
 
 from __future__ import annotations
 
-import asyncio
-import json
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import Collection, Sequence
 from datetime import date, datetime
-from functools import wraps
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING
 
 from sqlalchemy import (
     ColumnElement,
-    Select,
-    Table,
-    and_,
-    case,
     delete,
     exists,
     literal,
@@ -36,19 +26,15 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from assignment.catalog import LIVE, ContainerRecord, ContainerState, Lease, NodeLease, ShardHolder, Worker
+from assignment.catalog import LIVE, ContainerRecord, ContainerState, Lease, ShardHolder
 from assignment.errors import (
     AssignmentError,
-    CatalogUnavailable,
     ContainerExists,
     ContainersChanged,
     InvalidRequest,
     LeaseLost,
-    NodeIdLost,
 )
 from assignment.rows import (
     batches,
@@ -57,158 +43,29 @@ from assignment.rows import (
     expiry,
     greater,
     holds,
-    holds_node,
     in_shard,
     instant,
     lease_of,
     no_longer,
-    node_lease_of,
     of_shard,
     record_of,
     unlocked,
 )
-from assignment.schema import DatabaseNowMs, container, id_sequence, metadata, node, shard_lease, worker
-from assignment.sequence import IdBlock, SequenceState, reserve
+from assignment.schema import DatabaseNowMs, container, shard_lease
 from des_format.shards import hex_group, parse_container_name, part_name
 
 if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
-P = ParamSpec("P")
-T = TypeVar("T")
-C = TypeVar("C", bound="SqlCatalog")
-
-_NODES = 256  # what the 8 bits of a name's node field hold
+from assignment.sql_connection import to_the_end
+from assignment.sql_ids import SqlIds
 
 
-def to_the_end(
-    method: Callable[Concatenate[C, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
-    """Cancelling the caller does not stop the call: a connection that is abandoned while it works cannot be told what
-    became of the transaction, and aiosqlite 0.22 leaves its thread behind. `close` waits for such calls."""
-
-    @wraps(method)
-    async def call(self: C, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        task = asyncio.create_task(method(self, *args, **kwargs))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio reports it as lost
-        return await asyncio.shield(task)
-
-    return call
-
-
-class SqlCatalog(ABC):
+class SqlCatalog(SqlIds):
     """`assignment.catalog.Catalog` in a SQL database; an async context manager, or `open` and `close`.
 
     One event loop, any number of its tasks. A call whose caller was cancelled goes on, and takes effect or fails.
     """
-
-    row_locks: ClassVar[bool]
-    """Whether transactions that write run side by side, and have to lock rows. (SQLite leaves FOR UPDATE out.)"""
-
-    def __init__(self, label: str) -> None:
-        """`label` is what messages call the catalog: no secrets in it."""
-        self.label = label
-        self._engine: AsyncEngine | None = None
-        self._calls: set[asyncio.Task[Any]] = set()
-
-    @abstractmethod
-    async def open(self) -> None:
-        """Connect, and see that the tables are those that this program knows.
-
-        Raises CatalogUnavailable, CatalogCorrupt, CatalogTooNew, CatalogTooOld, InvalidRequest.
-        """
-
-    @abstractmethod
-    async def migrate(self, revision: str = "head") -> None:
-        """Bring the tables up or down to a revision (`base`: none). The catalog need not be open; others may be.
-
-        Raises InvalidRequest for a revision that there is not; CatalogUnavailable, CatalogCorrupt, CatalogTooNew.
-        """
-
-    @abstractmethod
-    def _upsert(self, table: Table) -> sqlite.Insert | postgresql.Insert:
-        """The database's own INSERT, which knows ON CONFLICT."""
-
-    @abstractmethod
-    def _meaning(self, error: Exception) -> AssignmentError | None:
-        """What an error of the driver or of SQLAlchemy means to the caller; None when it is none of theirs."""
-
-    async def _lock(self, connection: AsyncConnection, rows: Select[Any]) -> None:
-        """Wait until nobody else changes these rows, and keep others from it to the end of the transaction."""
-        if self.row_locks:
-            await connection.execute(rows.with_for_update())
-
-    async def lock_all(self, connection: AsyncConnection) -> None:
-        """The same for all rows, those too that are not there yet. For this package alone."""
-        if self.row_locks:
-            names = ", ".join(table.name for table in metadata.sorted_tables)
-            await connection.exec_driver_sql(f"LOCK TABLE {names} IN EXCLUSIVE MODE")
-
-    async def close(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await asyncio.gather(*self._calls, return_exceptions=True)
-            await engine.dispose()
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def _open_engine(self) -> AsyncEngine:
-        if self._engine is None:
-            raise CatalogUnavailable(f"{self.label}: the catalog is not open")
-        return self._engine
-
-    def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A connection for one SELECT: several need not see one state of the catalog. For this package alone."""
-        return self._transaction(read_only=True)
-
-    def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A transaction, committed when the block ends without an exception. For this package alone."""
-        return self._transaction(read_only=False)
-
-    @asynccontextmanager
-    async def _transaction(self, *, read_only: bool) -> AsyncIterator[AsyncConnection]:
-        engine = self._open_engine()
-        with self.translated():
-            if read_only:
-                async with engine.connect() as connection:
-                    await connection.execution_options(read_only=True)
-                    yield connection
-            else:
-                async with self._write_turn(), engine.begin() as connection:
-                    yield connection
-
-    @asynccontextmanager
-    async def _write_turn(self) -> AsyncIterator[None]:
-        """What a task waits for before its transaction begins."""
-        yield
-
-    @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Foreign errors in the block leave it as this package's."""
-        try:
-            yield
-        except AssignmentError:
-            raise
-        except IntegrityError as error:
-            raise InvalidRequest(f"{self.label}: refused by the catalog's rules: {_cause(error)}") from error
-        except PoolTimeout as error:
-            raise CatalogUnavailable(f"{self.label}: all connections are in use, and none came free") from error
-        except Exception as error:
-            meaning = self._meaning(error)
-            if meaning is not None:
-                raise meaning from error
-            if isinstance(error, SQLAlchemyError | OverflowError | UnicodeError):
-                raise InvalidRequest(f"{self.label}: {error}") from error
-            raise
 
     # Leases
 
@@ -487,127 +344,3 @@ class SqlCatalog(ABC):
     async def now(self) -> datetime:
         async with self.reading() as connection:
             return instant((await connection.execute(select(DatabaseNowMs()))).scalar_one())
-
-    # Workers
-
-    @to_the_end
-    async def heartbeat(self, name: str, spool: str, details: Mapping[str, Any], ttl_s: float) -> None:
-        try:
-            text = json.dumps(dict(details))
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"details of worker {name!r}: {error}") from error
-        fresh = self._upsert(worker).values(
-            name=name, spool=spool, details=text, started_at_ms=DatabaseNowMs(), expires_at_ms=expiry(ttl_s)
-        )
-        statement = fresh.on_conflict_do_update(
-            index_elements=[worker.c.name],
-            set_={
-                "spool": fresh.excluded.spool,
-                "details": fresh.excluded.details,
-                "started_at_ms": case(
-                    (worker.c.expires_at_ms > DatabaseNowMs(), worker.c.started_at_ms), else_=DatabaseNowMs()
-                ),
-                "expires_at_ms": expiry(ttl_s),
-            },
-        )
-        async with self.writing() as connection:
-            await connection.execute(statement)
-
-    @to_the_end
-    async def list_workers(self, *, forget_after_s: float = 86400.0) -> list[Worker]:
-        old = select(worker.c.name).where(worker.c.expires_at_ms <= expiry(-forget_after_s))
-        statement = select(worker, (worker.c.expires_at_ms > DatabaseNowMs()).label("alive"))
-        async with self.writing() as connection:
-            await connection.execute(delete(worker).where(worker.c.name.in_(unlocked(old))))
-            rows = (await connection.execute(statement)).all()
-        workers = [
-            Worker(
-                name=row.name,
-                spool=row.spool,
-                details=json.loads(row.details),
-                started_at=instant(row.started_at_ms),
-                expires_at=instant(row.expires_at_ms),
-                alive=bool(row.alive),
-            )
-            for row in rows
-        ]
-        return sorted(workers, key=lambda worker: worker.name)
-
-    @to_the_end
-    async def remove_worker(self, name: str) -> None:
-        async with self.writing() as connection:
-            await connection.execute(delete(worker).where(worker.c.name == name))
-
-    # Ids
-
-    @to_the_end
-    async def lease_node_id(self, holder: str, ttl_s: float) -> NodeLease | None:
-        free = node.alias("free")
-        longest = (
-            select(free.c.node_id)
-            .where(free.c.expires_at_ms <= DatabaseNowMs())
-            .order_by(free.c.expires_at_ms, free.c.node_id)
-            .limit(1)
-        )
-        take = (
-            update(node)
-            .where(node.c.node_id == unlocked(longest).scalar_subquery())
-            .values(holder=holder, token=node.c.token + 1, expires_at_ms=expiry(ttl_s))
-            .returning(*node.c)
-        )
-        async with self.writing() as connection:
-            if (await connection.execute(select(node.c.node_id).limit(1))).first() is None:
-                # In one order, so that two who do it at once wait for one another, and not each for the other.
-                unused = [{"node_id": n, "holder": "", "token": 0, "expires_at_ms": 0} for n in range(_NODES)]
-                await connection.execute(self._upsert(node).on_conflict_do_nothing(), unused)
-            row = (await connection.execute(take)).one_or_none()
-        return None if row is None else node_lease_of(row)
-
-    @to_the_end
-    async def renew_node_id(self, lease: NodeLease, ttl_s: float) -> NodeLease | None:
-        statement = update(node).where(holds_node(lease)).values(expires_at_ms=expiry(ttl_s)).returning(*node.c)
-        async with self.writing() as connection:
-            await self._lock_node(connection, lease)
-            row = (await connection.execute(statement)).one_or_none()
-        return None if row is None else node_lease_of(row)
-
-    @to_the_end
-    async def release_node_id(self, lease: NodeLease) -> None:
-        async with self.writing() as connection:
-            await self._lock_node(connection, lease)
-            await connection.execute(update(node).where(holds_node(lease)).values(expires_at_ms=DatabaseNowMs()))
-
-    async def _lock_node(self, connection: AsyncConnection, lease: NodeLease) -> None:
-        await self._lock(connection, select(node.c.token).where(node.c.node_id == lease.node_id))
-
-    @to_the_end
-    async def reserve_ids(self, node: NodeLease | int, day: date, count: int, now_ms: int) -> IdBlock:
-        node_id = node if isinstance(node, int) else node.node_id
-        columns = id_sequence.c
-        of_node = and_(columns.node_id == node_id, columns.day == day)
-        start = self._upsert(id_sequence).values(node_id=node_id, day=day, last_ms=0, next_sequence=0)
-        saved = select(columns.last_ms, columns.next_sequence).where(of_node).with_for_update()
-        async with self.writing() as connection:
-            if isinstance(node, NodeLease):
-                await self._lock_node(connection, node)
-                held = select(exists().where(holds_node(node)))
-                if not (await connection.execute(held)).scalar_one():
-                    raise NodeIdLost(f"node {node_id}: the lease with token {node.token} does not hold any more")
-            row = (await connection.execute(saved)).one_or_none()
-            if row is None:
-                # Of two who are the day's first, the second goes on behind the first.
-                await connection.execute(start.on_conflict_do_nothing())
-                row = (await connection.execute(saved)).one()
-            state, block = reserve(
-                SequenceState(row.last_ms, row.next_sequence), node_id=node_id, day=day, now_ms=now_ms, count=count
-            )
-            await connection.execute(
-                update(id_sequence).where(of_node).values(last_ms=state.last_ms, next_sequence=state.next_sequence)
-            )
-        return block
-
-
-def _cause(error: SQLAlchemyError) -> object:
-    """The driver's own error: SQLAlchemy's text has the statement and its values in it."""
-    original = getattr(error, "orig", None)
-    return getattr(original, "__cause__", None) or original or error

@@ -27,7 +27,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from assignment.errors import AssignmentError, CatalogCorrupt, CatalogTooNew, CatalogUnavailable
 from assignment.schema import SCHEMA_VERSION, metadata, revision_name, revision_table
-from assignment.sql import SqlCatalog, to_the_end
+from assignment.sql import SqlCatalog
+from assignment.sql_connection import to_the_end
 
 APPLICATION_ID = 0x44455343  # "DESC" in the file's header: this is a catalog, and no other SQLite file
 
