@@ -117,10 +117,6 @@ class InProcessAssignment:
     def catalog(self) -> Catalog:
         return self._catalog
 
-    def today(self) -> date:
-        """The day that a file gets which comes now."""
-        return self._day_of(self._clock_ns() // 1_000_000)
-
     async def assign(self, paths: Sequence[str]) -> list[Assignment]:
         assignments: list[Assignment] = []
         for start in range(0, len(paths), MAX_BATCH):

@@ -1,10 +1,13 @@
-"""`.desfs.json`: how the packers of a store place and name files. Written once, by the first of them. Pure."""
+"""`.desfs.json`: how the packers of a store place and name files. Written once, by the first of them. Pure, but for
+reading it."""
 
 from __future__ import annotations
 
 import msgspec
 
 from des_format.shards import MAX_SHARD_BITS, hex_group, placement_shard, shard_hex
+from desfs.errors import NoSuchObject
+from desfs.store.base import Store
 
 CONTROL_NAME = ".desfs"  # of a mount's control directory: a container of that name is not shown
 LAYOUT_KEY = ".desfs.json"
@@ -30,3 +33,14 @@ class Layout(msgspec.Struct, frozen=True):
         if not self.is_known:
             return None
         return hex_group(shard_hex(placement_shard(path, self.shard_bits), self.shard_bits))
+
+
+def read_layout(store: Store) -> Layout:
+    """What the store says of its names; nothing where it says nothing, or nothing that is understood. Blocking.
+
+    Raises: StoreError.
+    """
+    try:
+        return msgspec.json.decode(store.get_tail(LAYOUT_KEY, LAYOUT_LIMIT).data, type=Layout)
+    except (NoSuchObject, msgspec.MsgspecError, RecursionError):
+        return Layout()

@@ -29,17 +29,15 @@ from desfs.catalog_check.check import State, is_older, read_all, take_state
 from desfs.catalog_check.compare import Difference, What, compare
 from desfs.catalog_check.contents import Contents, read_contents, unnamed
 from desfs.errors import StoreError
-from desfs.merging.collect import collect_shard
+from desfs.layout import read_layout
+from desfs.merging.collect import FORGET_AFTER_S, collect_shard
 from desfs.merging.externals import collect_externals
 from desfs.merging.leases import LeaseBusy
-from desfs.removal.day import read_layout
 from desfs.removal.holding import holding
 from desfs.settings import VerifySettings
 from desfs.store.base import ObjectInfo, Store
 
 Effect = Callable[[str], None]
-
-FORGET_S = 30 * 86_400.0  # how long the row of a deleted container tells an object that comes late for an orphan
 
 
 @dataclass(slots=True)
@@ -88,7 +86,7 @@ class Repair:
         await self._delete_externals(state)
         if all(each.what is not What.DELETED for each in state.differences):  # else they would be adopted some day
             self._effect("forget")
-            self._repaired.forgotten = await self._catalog.forget_deleted(FORGET_S)
+            self._repaired.forgotten = await self._catalog.forget_deleted(FORGET_AFTER_S)
         return self._repaired
 
     # --- containers ----------------------------------------------------------------------------------------------

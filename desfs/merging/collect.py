@@ -24,6 +24,9 @@ from desfs.errors import StoreError
 from desfs.merging.plan import dead_uploads, due
 from desfs.store.base import ObjectInfo, Store
 
+# How long the row of a deleted container stays: it tells an upload that comes late for an orphan.
+FORGET_AFTER_S = 30 * 86_400.0
+
 log = structlog.get_logger(__name__)
 
 

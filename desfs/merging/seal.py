@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, tzinfo
 from zoneinfo import ZoneInfo
 
-import msgspec
 import structlog
 
 from assignment.catalog import Catalog, ContainerRecord, ContainerState, Lease
@@ -28,8 +27,8 @@ from des_format.errors import NotAContainer
 from des_format.shards import CONTAINER_SUFFIX, is_day
 from desfs.adoption import adopt, managed, record_of
 from desfs.errors import NoSuchObject, ObjectReplaced, UsageError
-from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
-from desfs.merging.collect import collect_shard
+from desfs.layout import read_layout
+from desfs.merging.collect import FORGET_AFTER_S, collect_shard
 from desfs.merging.externals import collect_externals, containers_of
 from desfs.merging.leases import LeaseBusy, held
 from desfs.merging.merge import MergeFailed, MergeRefused, merge_containers
@@ -40,8 +39,6 @@ from desfs.store.retrying import Retrying
 
 log = structlog.get_logger(__name__)
 
-# How long the row of a deleted container stays: it tells an upload that comes late for an orphan, and none comes later.
-_FORGET_AFTER_S = 7 * 86400.0
 _NOT_TAKEN = {ContainerState.UPLOADING, ContainerState.DELETED}
 
 
@@ -88,7 +85,7 @@ class Sealer:
         for day in sorted({*days, *await self._catalog.list_days()}):
             if day < limit:
                 await self.seal_day(day)
-        await self._catalog.forget_deleted(_FORGET_AFTER_S)
+        await self._catalog.forget_deleted(FORGET_AFTER_S)
 
     async def seal_day(self, day: date) -> None:
         """Seal one day. What others work on, and what is damaged, is named in the summary, and the rest is done.
@@ -227,7 +224,7 @@ class Sealer:
     async def _try_externals(self, day: date, listing: Sequence[ObjectInfo]) -> None:
         """Only of days that were merged or deleted from lately: the rows that tell are forgotten after some days."""
         try:
-            layout = await asyncio.to_thread(_read_layout, self._store)
+            layout = await asyncio.to_thread(read_layout, self._store)
             self.summary.deleted += await collect_externals(
                 self._store,
                 self._catalog,
@@ -250,14 +247,6 @@ def _shard_of(object_key: str) -> str | None:
     """The shard whose container a key is, None for what is no shard's."""
     found = managed(object_key)
     return None if found is None else found[0][1]
-
-
-def _read_layout(store: Retrying) -> Layout:
-    """What the store says of its names; nothing where it says nothing that is understood. Raises: StoreError."""
-    try:
-        return msgspec.json.decode(store.get_tail(LAYOUT_KEY, LAYOUT_LIMIT).data, type=Layout)
-    except (NoSuchObject, msgspec.MsgspecError, RecursionError):
-        return Layout()
 
 
 def _zone(name: str) -> tzinfo:

@@ -71,7 +71,7 @@ class Announcer:
     async def _send_all(self) -> None:
         self._due.clear()
         while self._days:
-            day = self._days.pop()
+            day = next(iter(self._days))
             try:
                 await self._client.publish(self._channel, day.isoformat())
             except self._failures as error:
@@ -80,3 +80,4 @@ class Announcer:
                 self._has_failed = True
             else:
                 self._has_failed = False
+            self._days.discard(day)

@@ -125,7 +125,7 @@ class Packer:
                 self._progress(self.summary, sum(each.kind is Kind.SETTLED for each in found))
                 await self._take(found)
                 self.summary.left = _count_left(await asyncio.to_thread(self._scan))
-                unfinished = [batch for batch in await asyncio.to_thread(self._spool.batches) if self._is_for_us(batch)]
+                unfinished = await asyncio.to_thread(self._batches_for_us)
                 if self._stop.is_set() or not (self.summary.left or unfinished):
                     break
             if unfinished and not self._stop.is_set():
@@ -287,18 +287,18 @@ class Packer:
         else:
             self.summary.fail(f"{path}: cannot be claimed: {error.strerror}")
 
-    def _is_for_us(self, batch: str) -> bool:
-        return self._membership.is_ours(batch) or self._membership.may_take_over(batch)
+    def _batches_for_us(self) -> list[str]:
+        """The batches that are ours to finish, oldest first."""
+        ours, dead = self._membership.is_ours, self._membership.may_take_over
+        return [batch for batch in self._spool.batches() if ours(batch) or dead(batch)]
 
     async def _recover(self) -> bool:
         """Finish the batches that a packer before us, a dead one or a failure has left; False when something waits for
         others. Oldest first: a newer version of a file must get the newer generation."""
         is_whole = True
-        for batch in await asyncio.to_thread(self._spool.batches):
+        for batch in await asyncio.to_thread(self._batches_for_us):
             if self._stop.is_set():
                 break
-            if not self._is_for_us(batch):
-                continue
             mine: str | None = batch
             if not self._membership.is_ours(batch):
                 mine = await asyncio.to_thread(self._take_over, batch)

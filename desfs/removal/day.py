@@ -5,14 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import msgspec
-
 from des_format.errors import NotAContainer
 from des_format.names import name_problem
 from des_format.shards import CONTAINER_SUFFIX, parse_container_name
 from desfs.container import LoadedContainer, load_container
 from desfs.errors import NoSuchObject, ObjectReplaced, StoreError
-from desfs.layout import LAYOUT_KEY, LAYOUT_LIMIT, Layout
 from desfs.store.base import ObjectInfo, Store
 from desfs.tree import Member
 
@@ -69,12 +66,3 @@ def _load(store: Store, info: ObjectInfo) -> LoadedContainer | NotAContainer | N
         return error
     except (NoSuchObject, ObjectReplaced):
         return None
-
-
-def read_layout(store: Store) -> Layout:
-    """What the store says of its names; nothing where it says nothing, or nothing that is understood. Raises:
-    StoreError."""
-    try:
-        return msgspec.json.decode(store.get_tail(LAYOUT_KEY, LAYOUT_LIMIT).data, type=Layout)
-    except (NoSuchObject, msgspec.MsgspecError, RecursionError):
-        return Layout()

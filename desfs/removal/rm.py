@@ -33,8 +33,9 @@ from des_format.writer import DesWriter
 from desfs.adoption import adopt_unknown, list_shard, managed, record_of
 from desfs.container import load_container
 from desfs.errors import DesfsError, NoSuchPath, ObjectExists
+from desfs.layout import read_layout
 from desfs.packer.layout import NEW_SHARD_BITS
-from desfs.removal.day import open_day, read_layout
+from desfs.removal.day import open_day
 from desfs.removal.holding import holding
 from desfs.removal.plan import Age, DayPlan, plan_removal
 from desfs.settings import RemovalSettings
