@@ -164,9 +164,11 @@ class Catalog(Protocol):
         """
         ...
 
-    async def begin_container(self, lease: Lease, object_key: str, generation: int) -> ContainerRecord:
-        """An `uploading` row for a container of a given name. One that is `uploading` or `deleted` already is taken
-        over: what an earlier holder has put there is the caller's to check, or to replace.
+    async def begin_container(
+        self, lease: Lease, object_key: str, generation: int, *, mark: str = ""
+    ) -> ContainerRecord:
+        """An `uploading` row, with this mark, for a container of a given name. One that is `uploading` or `deleted`
+        already is taken over: what an earlier holder has put there is the caller's to check, or to replace.
 
         Raises LeaseLost; ContainerExists when the key is committed, sealed or superseded; InvalidRequest for a key of
         another shard or day.

@@ -166,7 +166,9 @@ class SqlCatalog(SqlIds):
             return await self._begin(connection, lease, key, generation, mark)
 
     @to_the_end
-    async def begin_container(self, lease: Lease, object_key: str, generation: int) -> ContainerRecord:
+    async def begin_container(
+        self, lease: Lease, object_key: str, generation: int, *, mark: str = ""
+    ) -> ContainerRecord:
         folder, _, file_name = object_key.rpartition("/")
         parsed = parse_container_name(file_name)
         if folder != str(lease.day) or parsed is None or parsed.group != hex_group(lease.shard):
@@ -174,7 +176,7 @@ class SqlCatalog(SqlIds):
         async with self.writing() as connection:
             # A part that is begun under a name of its own must not come again from `begin_part`.
             await self._prove(connection, lease, greater(shard_lease.c.next_generation, generation + 1))
-            return await self._begin(connection, lease, object_key, generation)
+            return await self._begin(connection, lease, object_key, generation, mark)
 
     async def _begin(
         self, connection: AsyncConnection, lease: Lease, object_key: str, generation: int, mark: str = ""

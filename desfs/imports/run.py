@@ -391,7 +391,7 @@ class _Import:
                 return
             with self._content(payload, checksums, file) as path:
                 checksum = checked_meta()["sha256"]  # before the upload: what has changed already need not travel
-                stored = put_external(self._store, path, key, file.name, checksum, self._effect)
+                stored = put_external(self._store, path, key, file.name, checksum, self._effect, again=True)
                 writer.add_external(file.name, file.size, checked_meta(), key=stored)
 
     @contextmanager

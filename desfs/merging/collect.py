@@ -1,8 +1,8 @@
 """Deleting what is no content of a day any more, under the lease of its shard. Asyncio; the store in threads.
 
 What goes is what the catalog says of a key, never what the store answers: an error is an error, and the row stays as
-it is until a DELETE has succeeded. A run that dies in between deletes once more, which does no harm: such a key never
-holds anything else, but for an upload that the next holder may have begun; so the lease is renewed before uploads go.
+it is until a DELETE has succeeded. A run that dies in between deletes once more: an object with the ETag of its row, or
+an upload; the next holder may have begun the latter again, so the lease is renewed before uploads go.
 
 Two things are looked at in the store before, because a DELETE cannot be taken back: that an upload which nobody can
 commit shows nothing that no other container has (`desfs.adoption`), and, before merged containers go, that all of the
@@ -12,7 +12,7 @@ shard's content is there as the catalog has it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 
 import structlog
@@ -65,9 +65,19 @@ async def collect_shard(
         if await catalog.renew(lease, ttl_s) is None:
             raise LeaseLost(f"shard {lease.shard} of {lease.day}: its lease has passed")
     merged = due(records, now, grace_s)
-    if merged and not await _are_there(store, lease, live):
-        merged = []
     gone: list[str] = []
+    taken: list[ObjectInfo] = []
+    if merged:
+        objects = await list_shard(store, lease.day, lease.shard)
+        if _are_there(objects, live):
+            # A run that died between a DELETE and its row has left a key that an import may have taken since.
+            taken = [
+                info for each in merged if (info := objects.get(each.object_key)) is not None and info.etag != each.etag
+            ]
+            gone = [info.key for info in taken]
+            merged = [each for each in merged if each.object_key not in gone]
+        else:
+            merged = []
     failure: StoreError | None = None
     for record in (*orphans, *merged):
         effect(f"delete {record.object_key}")
@@ -80,15 +90,15 @@ async def collect_shard(
     if gone:
         effect(f"forget {len(gone)} of {lease.shard}")
         await catalog.delete_containers(lease, gone)
+    await adopt(store, catalog, lease, taken, effect)
     if failure is not None:
         raise failure
-    return len(gone)
+    return len(gone) - len(taken)
 
 
-async def _are_there(store: Store, lease: Lease, live: Sequence[ContainerRecord]) -> bool:
+def _are_there(objects: Mapping[str, ObjectInfo], live: Sequence[ContainerRecord]) -> bool:
     """Whether the store has all live containers of the shard as the catalog has them: what was merged into one that is
     gone may be all that there is."""
-    objects = await list_shard(store, lease.day, lease.shard)
     for record in live:
         found = objects.get(record.object_key)
         if found is None or (found.size, found.etag) != (record.size, record.etag):

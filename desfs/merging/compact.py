@@ -17,11 +17,12 @@ from desfs.errors import DesfsError
 from desfs.merging.collect import collect_shard
 from desfs.merging.leases import LeaseBusy, LeaseKeeper
 from desfs.merging.merge import Merged, MergeRefused, merge_containers
-from desfs.merging.plan import Merge, due, live_of, plan_compaction
+from desfs.merging.plan import Merge, due, live_of, name_of, plan_compaction
 from desfs.store.retrying import Retrying
 
 log = structlog.get_logger(__name__)
 
+_CONTENT = LIVE | {ContainerState.SUPERSEDED}
 _STATES = LIVE | {ContainerState.UPLOADING, ContainerState.SUPERSEDED}
 
 
@@ -68,8 +69,7 @@ async def compact_shard(
     lease = await leases.of(day, shard)
     done = Compacted(day, shard)
     records = await _records(catalog, day, shard)
-    foreign = await _foreign(store, catalog, day, shard)
-    merge = _plan(records, shard, settings, left_alone, foreign)
+    merge = _plan(records, shard, settings, left_alone)
     done.deleted += await collect_shard(
         store,
         catalog,
@@ -81,6 +81,8 @@ async def compact_shard(
         keep=() if merge is None else (merge.object_key,),
         effect=effect,
     )
+    foreign = await _foreign(store, catalog, day, shard)
+    merge = _plan(await _records(catalog, day, shard), shard, settings, left_alone, foreign)
     while merge is not None:
         await _merge(store, catalog, lease, merge, settings.lease_ttl, left_alone, done, effect)
         merge = _plan(await _records(catalog, day, shard), shard, settings, left_alone, foreign)
@@ -113,13 +115,16 @@ async def _records(catalog: Catalog, day: date, shard: str) -> list[ContainerRec
 
 
 async def _foreign(store: Retrying, catalog: Catalog, day: date, shard: str) -> list[ContainerRecord]:
-    """The containers of a shard that have no row: imports, and what packers with another catalog have put. They stay
-    where they are in the order of generations, and nothing is merged across one of them: a reader goes by that order.
+    """The containers of a shard that the catalog does not take for content: imports, and what packers with another
+    catalog have put, under keys of ours as well. They stay where they are in the order of generations, and nothing is
+    merged across one of them: a reader goes by that order. What we have merged ourselves, and not committed, is none.
     """
     objects = await list_shard(store, day, shard)
     # Behind the listing: a row is written before its object.
     for record in await catalog.list_containers(day, shard=shard):
-        objects.pop(record.object_key, None)
+        name = name_of(record.object_key)
+        if record.state in _CONTENT or name.first != name.last:
+            objects.pop(record.object_key, None)
     return [record_of(info, 0) for info in objects.values()]
 
 

@@ -102,11 +102,19 @@ def add_internal(
 
 
 def put_external(
-    store: Retrying, path: Path, key: str, name: str, folder: str, effect: Callable[[str], None] = lambda name: None
+    store: Retrying,
+    path: Path,
+    key: str,
+    name: str,
+    folder: str,
+    effect: Callable[[str], None] = lambda name: None,
+    *,
+    again: bool = False,
 ) -> str:
     """Store the payload of the entry `name` of the container `key` where every reader looks; the object's key. Where
     an earlier version of the name has taken that place, or a file has the name of a folder on the way there, which a
-    directory store cannot hold, this one gets `folder` of its own, which META has to record.
+    directory store cannot hold, this one gets `folder` of its own, which META has to record. One that is there is used;
+    with `again` it is stored again first, by those who hold no lease: it may be old, and about to be collected.
 
     Raises: StoreError.
     """
@@ -122,6 +130,9 @@ def put_external(
             refused = error
             # Ours from before a crash, or another version: the bytes tell.
             if store.etag_if_holds(target, path) is not None:
+                if again:
+                    effect(f"put {target}")
+                    store.put(target, path, if_absent=False)
                 return target
         except StoreError as error:
             if type(error) is not StoreError:  # those that say more concern the store, not the key

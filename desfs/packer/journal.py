@@ -25,8 +25,8 @@ class JournalFile(msgspec.Struct, frozen=True, array_like=True):
 
 
 class JournalContainer(msgspec.Struct):
-    """A container that the batch puts: its key and place, the fencing token it is committed under, and its files by
-    their paths in the spool."""
+    """A container that the batch puts: its key and place, the fencing token it is committed under, its files by their
+    paths in the spool, and the mark of its row: tokens of two catalogs may be the same, ids are not."""
 
     key: str
     day: datetime.date
@@ -34,6 +34,7 @@ class JournalContainer(msgspec.Struct):
     generation: int
     token: int
     files: dict[str, JournalFile]
+    mark: str = ""
 
 
 class Journal(msgspec.Struct):

@@ -153,7 +153,8 @@ class Publisher:
         lease: Lease,
     ) -> bool:
         """Whether the files of a container are safe: it was committed, or is now."""
-        if record is not None and record.state is not ContainerState.UPLOADING and record.token == container.token:
+        is_our_row = record is not None and bool(container.mark) and record.mark == container.mark
+        if record is not None and is_our_row and record.state is not ContainerState.UPLOADING:
             return record.size > 0  # else it was never committed, and its row was collected
         # Not begun, begun and no more, or taken for content by somebody who found an object under its key: ours, or
         # another packer's with another catalog.
@@ -203,7 +204,7 @@ class Publisher:
                     each.token = lease.token
             await self._write_journal(batch, journal)
         if record is None or record.token != lease.token:
-            await self._catalog.begin_container(lease, container.key, container.generation)
+            await self._catalog.begin_container(lease, container.key, container.generation, mark=container.mark)
         await self._commit(lease, _record(container, len(container.files), info.size, info.etag))
         self._count(container, [file.size for file in container.files.values()])
         return True
@@ -268,7 +269,9 @@ class Publisher:
                 for item in plan.items
             }
             begun = await self._begin(lease, plan.items[0].id)
-            container = JournalContainer(begun.object_key, plan.day, plan.shard, begun.generation, lease.token, files)
+            container = JournalContainer(
+                begun.object_key, plan.day, plan.shard, begun.generation, lease.token, files, begun.mark
+            )
             plans.append((plan, container))
         kept = undecided + ([] if old is None else _those_with(old, {item.path for item in waiting}))
         journal = Journal(VERSION, [*kept, *(container for _, container in plans)])
@@ -339,7 +342,7 @@ class Publisher:
                 if info is not None:  # else it would be taken for an orphan of ours, and collected
                     await adopt(self._store, self._catalog, lease, [info], self._effect)
                 begun = await self._begin(lease, next(iter(container.files.values())).id)
-                container.generation, container.key = begun.generation, begun.object_key
+                container.generation, container.key, container.mark = begun.generation, begun.object_key, begun.mark
                 await self._write_journal(batch, journal)
 
     async def _begin(self, lease: Lease, mark: str) -> ContainerRecord:

@@ -24,13 +24,16 @@ from zoneinfo import ZoneInfo
 
 from assignment.catalog import Catalog, ContainerState
 from des_format.layout import BIG_FILES_FOLDER
-from des_format.shards import CONTAINER_SUFFIX, is_day, parse_container_name
+from des_format.shards import CONTAINER_SUFFIX, is_day, parse_container_name, shard_hex
 from desfs.adoption import managed
+from desfs.layout import read_layout
 from desfs.removal.holding import Held, holding
 from desfs.settings import ExpireSettings
 from desfs.store.base import ObjectInfo, Store
 
 Effect = Callable[[str], None]
+
+_MOST_BITS = 12  # of a layout whose shards are all leased: 4,096 leases
 Progress = Callable[[date, int, int], None]  # a day, its objects that are deleted, and all that are to be
 
 
@@ -103,7 +106,14 @@ async def _delete(
 ) -> _Day:
     records = await catalog.list_containers(day)
     holders = await catalog.list_holders(day)
-    shards = sorted(found.shards | {record.shard for record in records} | {holder.shard for holder in holders})
+    layout = await asyncio.to_thread(read_layout, store)
+    # Those too that nobody has used on that day: a packer with a late file may be about to.
+    every = (
+        {shard_hex(shard, layout.shard_bits) for shard in range(1 << layout.shard_bits)}
+        if layout.is_known and layout.shard_bits <= _MOST_BITS
+        else set()
+    )
+    shards = sorted(every | found.shards | {record.shard for record in records} | {holder.shard for holder in holders})
     async with AsyncExitStack() as stack:
         leases = {shard: await stack.enter_async_context(held(day, shard)) for shard in shards}
         # Now nobody else commits to the day: what has come since is found, and the rest does not change.

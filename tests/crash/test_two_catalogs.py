@@ -94,3 +94,30 @@ def test_several_containers_of_one_shard_are_recovered(effect: str, forks: Packe
     world.pack("one", files, die_before=effect, max_container_files=1)
     world.pack("one", {}, max_container_files=1)
     assert world.shown() == files
+
+
+def test_a_journal_does_not_take_another_catalogs_container_for_its_own(forks: PackerForks, tmp_path: Path) -> None:
+    """Tokens of two catalogs may be the same: a packer that comes back with another catalog finds the key of its
+    journal committed there, under the same token, and has to look whose files it has."""
+    world = TwoSpools(forks, tmp_path)
+    catalog = str(tmp_path / "shared.sqlite")
+    world.pack("one", {"a": b"one's"}, die_before="put")
+    world.pack("other", {"b": b"the other's"}, catalog=catalog)
+    world.pack("one", {}, catalog=catalog)
+    assert world.shown() == {"a": b"one's", "b": b"the other's"}
+
+
+def test_nothing_is_merged_across_an_import_under_the_key_of_a_dead_upload(forks: PackerForks, tmp_path: Path) -> None:
+    world = TwoSpools(forks, tmp_path)
+    catalog = str(tmp_path / "shared.sqlite")
+    (source := tmp_path / "source").mkdir()
+    (source / "file").write_bytes(b"imported, and the newest")
+    for number in range(3):
+        world.pack("one", {f"a{number}": b"a", "file": b"older"}, catalog=catalog)
+    # Its lease has passed before the import has started.
+    world.pack("one", {"dies": b"d"}, catalog=catalog, die_before="rename journal", lease_ttl=0.3)
+    command = [PROGRAM, "import", "--store", world.store, source]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=60)
+    for number in range(6):
+        world.pack("other", {f"b{number}": b"b"}, catalog=catalog)
+        assert world.shown()["file"] == b"imported, and the newest"

@@ -598,6 +598,24 @@ def test_what_others_put_under_the_key_of_an_upload_becomes_content(world: World
     assert world.shown().contents == {"a": b"imported"}
 
 
+def test_what_others_put_under_the_key_of_a_merged_container_becomes_content(world: World) -> None:
+    """A run that has deleted the object and died before it said so leaves a key that an import takes."""
+    records = two_parts(world)
+    merge(world, records)
+    store = world.store()
+    key = records[0].object_key
+    store.delete(key)
+    store.put(key, build_part({"imported": b"1"}))
+    assert collect(world) == [
+        f"delete {SHARD}-000002.des",
+        f"forget 2 of {SHARD}",
+        f"adopt 1 of {SHARD}",
+    ]
+    assert key in world.objects()
+    assert world.shown().contents["imported"] == b"1"
+    assert world.rows()[key].state is ContainerState.COMMITTED
+
+
 def test_an_upload_of_the_holder_is_left(world: World) -> None:
     async def work(store: Retrying, catalog: Catalog, lease: Lease) -> int:
         await catalog.begin_part(lease)
