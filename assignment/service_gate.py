@@ -28,6 +28,7 @@ PATHS = frozenset({*PROBES, METRICS, "/v1/assign", "/v1/shards", "/v1/workers", 
 # How long a client whose body is too large may go on sending it, so that it comes to read why: a connection that is
 # closed while it sends is reset, and the answer lost.
 _DRAIN_S = 2.0
+_DRAINED = 8  # times the limit: a client that is cut off while it sends sees a reset, and not the answer
 
 
 class Gate:
@@ -84,7 +85,7 @@ class Gate:
                 try:
                     body = await _read_body(scope, receive, self._settings.max_body)
                 except _TooLarge as error:
-                    is_over = not error.goes_on or await _drain(scope, receive, self._settings.max_body)
+                    is_over = not error.goes_on or await _drain(scope, receive, _DRAINED * self._settings.max_body)
                     closing = [] if is_over else [(b"connection", b"close")]
                     await answer.refuse(413, f"the body has more than {self._settings.max_body} bytes", *closing)
                     return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -124,15 +125,19 @@ async def _open_client(spool: Spool, settings: PackerSettings, layout: Layout) -
 
 
 def _stop_at_signals(packer: Packer) -> None:
+    """The first SIGTERM or SIGINT stops a packer, a second one of either kind ends it at once: its journals stay."""
     loop = asyncio.get_running_loop()
+    is_stopping = False
 
     def stop() -> None:
-        packer.stop()
+        nonlocal is_stopping
         for number in _ENDING:
-            loop.remove_signal_handler(number)
-            # A second one, of either kind, ends the packer at once: its journals stay. Not KeyboardInterrupt,
-            # which would wait for threads that wait for the store.
+            # Not KeyboardInterrupt, which would wait for threads that wait for the store.
             signal.signal(number, signal.SIG_DFL)
+        if is_stopping:  # the second came before the loop had looked at the first
+            os.kill(os.getpid(), signal.SIGTERM)
+        is_stopping = True
+        packer.stop()
 
     for number in _ENDING:
         loop.add_signal_handler(number, stop)
