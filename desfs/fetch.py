@@ -321,7 +321,7 @@ class Fetcher:
     def start(self, keys: list[Key], size: int, bring: Callable[[], Awaitable[Piece]]) -> Flight:
         """Begin a fetch, of at most `size` bytes, of keys that are neither in the cache nor under way. It waits for its
         turn. Raises: DeadlineExceeded when the fetcher does not run."""
-        if self._nursery is None:
+        if self._nursery is None or self._saves_end < math.inf:
             raise DeadlineExceeded("nothing is fetched: the mount has not begun, or is ending")
         flight = Flight(keys, _COPIES * size, bring)
         for key in keys:
