@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import Table, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from assignment.errors import CatalogUnavailable, InvalidRequest
+from assignment.errors import CatalogTooOld, CatalogUnavailable, InvalidRequest
 from assignment.opening import catalog_at
 from assignment.schema import DatabaseNowMs, container, id_sequence, node, shard_lease, worker
 from assignment.sql import SqlCatalog
@@ -27,7 +27,8 @@ class CopiedRows:
 
 
 async def copy_catalog(source: str, target: str) -> CopiedRows:
-    """Copy all that a catalog knows, but for its workers, into one that has the tables and no rows.
+    """Copy all that a catalog knows, but for its workers, into one that has no rows; its tables are made if they are
+    not there.
 
     The target has everything or nothing. Nobody writes to either meanwhile; afterwards nobody may use the source any
     more, which is not seen to. Raises CatalogUnavailable when a packer or a service is at work in the source, or one of
@@ -37,6 +38,11 @@ async def copy_catalog(source: str, target: str) -> CopiedRows:
     origin, copy = catalog_at(source), catalog_at(target)
     if isinstance(origin, SqliteCatalog) and not origin.path.exists():  # opening would make it
         raise InvalidRequest(f"{origin.label}: there is no catalog to copy")
+    try:
+        async with copy:
+            pass
+    except CatalogTooOld:
+        await copy.migrate()
     async with origin, copy, origin.writing() as reader, copy.writing() as writer:
         await origin.lock_all(reader)
         await copy.lock_all(writer)
