@@ -226,6 +226,10 @@ class Catalog(Protocol):
         """The database's clock, which ages are counted by."""
         ...
 
+    async def bind_store(self, store_id: str) -> str:
+        """The id of the store that the catalog is for: this one, if nobody has said another before."""
+        ...
+
     # Workers
 
     async def heartbeat(self, name: str, spool: str, details: Mapping[str, Any], ttl_s: float) -> None:

@@ -129,6 +129,16 @@ def revision_name(version: int) -> str:
     return f"{version:04d}"
 
 
+# The store whose containers these are, in one row, from its first packer on: `id` of its `.desfs.json`.
+bound_store = Table(
+    "bound_store",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("id", String(64), nullable=False),
+    CheckConstraint("number = 0", name="number"),
+)
+
+
 class DatabaseNowMs(FunctionElement[int]):
     """The database's clock when the statement runs, not when its transaction began: a statement that had to wait must
     not take a lease that has passed meanwhile for one that holds."""

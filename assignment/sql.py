@@ -51,7 +51,7 @@ from assignment.rows import (
     record_of,
     unlocked,
 )
-from assignment.schema import DatabaseNowMs, container, shard_lease
+from assignment.schema import DatabaseNowMs, bound_store, container, shard_lease
 from des_format.shards import hex_group, parse_container_name, part_name
 
 if TYPE_CHECKING:
@@ -341,6 +341,13 @@ class SqlCatalog(SqlIds):
         statement = delete(container).where(container.c.object_key.in_(unlocked(old)))
         async with self.writing() as connection:
             return (await connection.execute(statement)).rowcount
+
+    @to_the_end
+    async def bind_store(self, store_id: str) -> str:
+        statement = self._upsert(bound_store).values(number=0, id=store_id).on_conflict_do_nothing()
+        async with self.writing() as connection:
+            await connection.execute(statement)
+            return str((await connection.execute(select(bound_store.c.id))).scalar_one())
 
     @to_the_end
     async def now(self) -> datetime:

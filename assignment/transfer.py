@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from assignment.errors import CatalogTooOld, CatalogUnavailable, InvalidRequest
 from assignment.opening import catalog_at
-from assignment.schema import DatabaseNowMs, container, id_sequence, node, shard_lease, worker
+from assignment.schema import DatabaseNowMs, bound_store, container, id_sequence, node, shard_lease, worker
 from assignment.sql import SqlCatalog
 from assignment.sqlite import SqliteCatalog
 
@@ -48,6 +48,7 @@ async def copy_catalog(source: str, target: str) -> CopiedRows:
         await copy.lock_all(writer)
         await _check_at_rest(origin, reader)
         await _check_empty(copy, writer)
+        await _copy_rows(bound_store, reader, writer)
         return CopiedRows(
             shards=await _copy_rows(shard_lease, reader, writer),
             containers=await _copy_rows(container, reader, writer),
@@ -69,7 +70,7 @@ async def _check_at_rest(origin: SqlCatalog, reader: AsyncConnection) -> None:
 
 
 async def _check_empty(copy: SqlCatalog, writer: AsyncConnection) -> None:
-    for table in (shard_lease, container, id_sequence, node, worker):
+    for table in (bound_store, shard_lease, container, id_sequence, node, worker):
         if (await writer.execute(select(table).limit(1))).first() is not None:
             raise InvalidRequest(f"{copy.label}: has rows in its table {table.name} already, want an empty catalog")
 

@@ -19,6 +19,8 @@ from des_format.reader import BaseReader
 from des_format.shards import SEALED, ContainerKey, is_day, parse_container_name
 from des_format.source import DEFAULT_TAIL, open_container
 from desfs.container import StoreSource, load_container, tail_length
+from desfs.errors import UsageError
+from desfs.layout import LAYOUT_KEY, Layout
 from desfs.store.base import ObjectInfo, Store
 
 Place = tuple[date, str]  # day and shard
@@ -157,3 +159,16 @@ def _is_hidden(store: Store, info: ObjectInfo, others: Sequence[ContainerRecord]
 def _count_entries(store: Store, info: ObjectInfo) -> int:
     source = StoreSource(store, info)
     return open_container(source, tail_length=tail_length(info.size), max_meta=0).index.footer.file_count
+
+
+async def check_store(catalog: Catalog, store_url: str, layout: Layout) -> None:
+    """Refuse a catalog that is another store's: what it takes for left over may be all that this one has. A store whose
+    layout has no id, or that has none, is not told from others.
+
+    Raises: UsageError; CatalogUnavailable, CatalogCorrupt.
+    """
+    if layout.id and (bound := await catalog.bind_store(layout.id)) != layout.id:
+        raise UsageError(
+            f"the catalog is that of another store: {store_url}/{LAYOUT_KEY} has the id {layout.id}, "
+            f"the catalog {bound}"
+        )

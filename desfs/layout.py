@@ -17,11 +17,12 @@ BY_DIRECTORY = "directory"  # the one rule of placement that this program knows
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """What the file says. What is missing or unknown is not relied on."""
+    """What the file says. What is missing or unknown is not relied on. `id` is the store's, made with the file."""
 
     shard_bits: int = 0
     placement: str = ""
     naming: str = ""
+    id: str = ""
 
     @property
     def is_known(self) -> bool:

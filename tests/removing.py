@@ -93,7 +93,7 @@ class World:
         """Do something with the catalog open."""
 
         async def main() -> T:
-            async with opened_catalog(self.url) as catalog:
+            async with opened_catalog(self.url, self.store()) as catalog:
                 return await work(catalog)
 
         return asyncio.run(main())

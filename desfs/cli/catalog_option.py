@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from assignment.catalog import Catalog
 from assignment.opening import open_catalog
+from desfs.adoption import check_store
 from desfs.errors import UsageError
+from desfs.layout import read_layout
 from desfs.settings import CatalogSettings
+from desfs.store.base import Store
 
 _FILES = ("sqlite:///", "sqlite+aiosqlite:///")
 
@@ -29,10 +33,12 @@ def catalog_url(settings: CatalogSettings, *, create: bool = False) -> str:
 
 
 @asynccontextmanager
-async def opened_catalog(url: str) -> AsyncIterator[Catalog]:
-    """A catalog that is closed at the end. Raises: AssignmentError."""
+async def opened_catalog(url: str, store: Store) -> AsyncIterator[Catalog]:
+    """The catalog of a store, closed at the end. Raises: UsageError when it is another store's; StoreError;
+    AssignmentError."""
     catalog = await open_catalog(url)
     try:
+        await check_store(catalog, store.url, await asyncio.to_thread(read_layout, store))
         yield catalog
     finally:
         await catalog.close()

@@ -29,7 +29,7 @@ def run(store: str, options: dict[str, Any], *, dry_run: bool, yes: bool, json: 
 
     async def main(settings: ExpireSettings, url: str) -> Expired | None:
         with closing(open_store(store, settings.s3_options(), deadline_s=settings.deadline)) as opened:
-            async with opened_catalog(url) as catalog:
+            async with opened_catalog(url, opened) as catalog:
                 days = await find_expired(opened, catalog, settings)
                 if days and not (dry_run or yes) and not _agreed(days, opened.url):
                     return None

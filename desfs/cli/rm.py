@@ -35,7 +35,7 @@ def run(
 
     async def main(settings: RemovalSettings, url: str) -> Removed:
         with closing(open_store(store, settings.s3_options(), deadline_s=settings.deadline)) as opened:
-            async with opened_catalog(url) as catalog:
+            async with opened_catalog(url, opened) as catalog:
                 return await remove(opened, catalog, paths, settings, recursive=recursive, force=force, dry_run=dry_run)
 
     try:

@@ -31,7 +31,7 @@ def run(store: str, options: dict[str, Any], *, day: str | None, json: bool) -> 
 
     async def main(settings: SealSettings, url: str) -> Summary:
         with closing(open_store(store, settings.s3_options(), deadline_s=settings.deadline)) as opened:
-            async with opened_catalog(url) as catalog:
+            async with opened_catalog(url, opened) as catalog:
                 # A name that no other process has: two that are at work on one shard must not take it from each other.
                 holder = f"{socket.gethostname()}:{os.getpid()}:seal"
                 sealer = Sealer(opened, catalog, settings, holder=holder)

@@ -37,7 +37,7 @@ def run(store: str, settings: VerifySettings, *, repair: bool, show: Callable[[F
 
     async def main(url: str) -> tuple[Compared, Repaired | None]:
         with closing(open_store(store, settings.s3_options(), deadline_s=settings.deadline)) as opened:
-            async with opened_catalog(url) as catalog:
+            async with opened_catalog(url, opened) as catalog:
                 repaired = None
                 if repair:
 

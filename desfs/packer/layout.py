@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Literal, get_args
 
 import msgspec
@@ -22,13 +23,13 @@ def settle_layout(store: Store, shard_bits: int | None, naming: Naming | None) -
     A store that has containers and no layout was written by others: it gets none, and every index of it is read.
     Raises: UsageError when it does not agree, or is not understood; StoreError.
     """
-    wanted = Layout(shard_bits or NEW_SHARD_BITS, BY_DIRECTORY, naming or "path")
+    wanted = Layout(shard_bits or NEW_SHARD_BITS, BY_DIRECTORY, naming or "path", secrets.token_hex(8))
     listing = store.list("", delimiter=True)
     if all(info.key != LAYOUT_KEY for info in listing.objects):
         if any(is_day(prefix.rstrip("/")) for prefix in listing.prefixes) or any(
             info.key.endswith(CONTAINER_SUFFIX) for info in listing.objects
         ):
-            return wanted
+            return msgspec.structs.replace(wanted, id="")
         try:
             store.put(LAYOUT_KEY, msgspec.json.format(msgspec.json.encode(wanted)) + b"\n")
             return wanted

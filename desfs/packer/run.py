@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 import structlog
 
 from assignment.client import AssignmentClient, open_embedded
+from desfs.adoption import check_store
 from desfs.errors import UsageError
 from desfs.layout import Layout
 from desfs.packer.announce import Announcer
@@ -72,6 +73,7 @@ async def _run(
         layout = await asyncio.to_thread(settle_layout, store, settings.shard_bits, settings.naming)
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(await _open_client(spool, settings, layout))
+            await check_store(client.catalog, store.url, layout)
             announcer = None
             if settings.redis is not None:
                 announcer = Announcer(settings.redis.get_secret_value(), store.url)

@@ -680,6 +680,14 @@ class CatalogContract(CatalogScenarios):
 
     # The catalog as a whole
 
+    def test_a_catalog_is_one_stores_once_and_for_all(self, run_many: RunMany) -> None:
+        async def scenario(catalogs: list[Catalog]) -> None:
+            bound = await asyncio.gather(*(catalog.bind_store(f"{n}") for n, catalog in enumerate(catalogs)))
+            assert len(set(bound)) == 1
+            assert await catalogs[0].bind_store("another") == bound[0]
+
+        run_many(3, scenario)
+
     def test_everything_is_there_after_reopening(self, run: Run) -> None:
         leases: list[Lease] = []
 

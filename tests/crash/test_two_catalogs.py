@@ -121,3 +121,30 @@ def test_nothing_is_merged_across_an_import_under_the_key_of_a_dead_upload(forks
     for number in range(6):
         world.pack("other", {f"b{number}": b"b"}, catalog=catalog)
         assert world.shown()["file"] == b"imported, and the newest"
+
+
+def test_a_catalog_of_another_store_is_refused(forks: PackerForks, tmp_path: Path) -> None:
+    """What it takes for left over may be all that this store has: nobody begins to work with it."""
+    (first := tmp_path / "first").mkdir()
+    (second := tmp_path / "second").mkdir()
+    one, other = TwoSpools(forks, first), TwoSpools(forks, second)
+    one.pack("one", {"a": b"a"})
+    other.pack("one", {"b": b"b"})
+    catalog = first / "one/.desfs/catalog.sqlite"
+    for command in (
+        ("packer", "--once", "--spool", second / "other", "--store", other.store),
+        ("seal", "--store", other.store),
+        ("rm", other.store, "2026-11-20/b"),
+        ("expire", other.store, "--older-than", "1d", "--yes"),
+        ("verify", other.store, "--repair"),
+    ):
+        done = subprocess.run(
+            [str(PROGRAM), *map(str, command), "--catalog", str(catalog)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 2, (command, done)
+        assert "the catalog is that of another store" in done.stderr, command
+    assert other.shown() == {"b": b"b"}

@@ -206,6 +206,7 @@ def test_a_store_gets_a_layout_and_keeps_it(store: Sent, tmp_path: Path) -> None
     tree_of(tmp_path / "tree")
     put_in(store, tmp_path / "tree", shard_bits=2)
     layout = json.loads((tmp_path / "store/.desfs.json").read_text())
+    assert len(layout.pop("id")) == 16
     assert layout == {"shard_bits": 2, "placement": "directory", "naming": "path"}
     put_in(store, tmp_path / "tree")
     assert {path.name[:2] for path in (tmp_path / "store" / DAY).glob("*.des")} <= {"0-", "1-", "2-", "3-"}

@@ -233,7 +233,9 @@ def test_the_layout_is_written_once_and_honoured(spool: Path, store: Path) -> No
     write(spool / "a")
     pack(spool, store, shard_bits=6, naming="assigned")
     layout = store / ".desfs.json"
-    assert json.loads(layout.read_bytes()) == {"shard_bits": 6, "placement": "directory", "naming": "assigned"}
+    found = json.loads(layout.read_bytes())
+    assert re.fullmatch("[0-9a-f]{16}", found.pop("id"))
+    assert found == {"shard_bits": 6, "placement": "directory", "naming": "assigned"}
     before = layout.stat()
     write(spool / "b")
     pack(spool, store)

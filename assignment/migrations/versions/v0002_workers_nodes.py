@@ -35,6 +35,13 @@ def upgrade() -> None:
         sa.CheckConstraint("node_id BETWEEN 0 AND 255", name=op.f("ck_node_node_id")),
         sa.CheckConstraint("token >= 0", name=op.f("ck_node_token")),
     )
+    op.create_table(
+        "bound_store",
+        sa.Column("number", sa.Integer, autoincrement=False, nullable=False),
+        sa.Column("id", sa.String(64), nullable=False),
+        sa.PrimaryKeyConstraint("number", name=op.f("pk_bound_store")),
+        sa.CheckConstraint("number = 0", name=op.f("ck_bound_store_number")),
+    )
 
 
 def downgrade() -> None:
@@ -42,6 +49,7 @@ def downgrade() -> None:
     op.execute("DELETE FROM container WHERE state NOT IN ('committed', 'sealed')")
     op.drop_index(op.f("ix_container_state_changed_at_ms"), "container")
     op.drop_column("container", "mark")
+    op.drop_table("bound_store")
     op.drop_table("node")
     op.drop_table("worker")
     op.execute(_RENAME.format("changed_at_ms", "created_at_ms"))
