@@ -139,6 +139,10 @@ class HttpAssignment:
             async with asyncio.timeout(max(deadline - time.monotonic(), 1.0)):
                 response = await self._http.post(f"{self._url}/v1/assign", content=body)
         except (httpx.RequestError, TimeoutError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):  # which no second try mends
+                raise ServiceUnavailable(
+                    f"{self._url}: its certificate is not trusted (--ca-bundle): {error}"
+                ) from error
             raise _Again(f"{self._url}: {type(error).__name__}: {error}") from error
         if response.status_code != 200:
             raise _refused(self._url, response)

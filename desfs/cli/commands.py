@@ -155,7 +155,7 @@ def verify(
 ) -> None:
     """Read every byte of a store and compare it with what its containers say. Exit status 3: damage was found.
 
-    With --catalog no payload is read: catalog, containers and external objects are compared with each other.
+    With --catalog or --repair no payload is read: catalog, containers and external objects are compared.
     """
     from desfs.cli.verify import run
 

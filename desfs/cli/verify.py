@@ -22,11 +22,11 @@ and a last one, `{"kind": "summary", …}`, with `containers`, `files` and `byte
 Of one container 10,000 findings of damage are shown at most, and 100 warnings; a last line says how many more there
 are.
 
-With a catalog (`--catalog`) no payload is read. Catalog, containers, their indexes and external objects are compared
-with each other, with lines and objects of the same form, and a summary with `containers` (of the catalog), `files`,
-`external`, `damage`, `warnings` and `unverified`. With `--repair` that is what is left after the repair, and the
-summary has `adopted` (containers that had no row), `deleted` and `deleted_external` (objects) and `forgotten` (rows)
-besides.
+With a catalog on the command line (`--catalog`), or with `--repair`, no payload is read. Catalog, containers, their
+indexes and external objects are compared with each other, with lines and objects of the same form, and a summary with
+`containers` (of the catalog), `files`, `external`, `damage`, `warnings` and `unverified`. With `--repair` that is what
+is left after the repair, and the summary has `adopted` (containers that had no row), `deleted` and `deleted_external`
+(objects) and `forgotten` (rows) besides.
 
 Exit status: 0 no damage, 1 not all could be verified, 2 usage, 3 damage, whether or not all could be verified.
 """
@@ -57,8 +57,8 @@ def run(store: str, options: dict[str, Any], *, repair: bool = False, json: bool
     try:
         settings = set_up(VerifySettings, options)
         root, key = split_place(store)
-        # One from the environment is meant for stores, and does not keep a container from being verified.
-        if repair or "catalog" in options or (settings.catalog is not None and key is None):
+        # One that the environment or a settings file has for all commands does not keep payloads from being read.
+        if repair or "catalog" in options:
             return _run_catalog(store, settings, repair=repair, json=json)
         with closing(open_store(root, settings.s3_options(), deadline_s=settings.deadline)) as opened:
             with _display(sys.stderr.isatty()) as display:

@@ -261,10 +261,11 @@ class Cluster:
         assert not foreign, f"foreign {sorted(foreign)[:9]}"
         wrong = [name for name, digest in self.files.items() if shown[name] != digest]
         assert not wrong, f"other bytes: {wrong[:9]}"
-        for options in ((), ("--repair",), ()):
+        compare = ("--catalog", self.catalog.replace(f":{servers.POSTGRES_PASSWORD}@", "@"))
+        for options in (compare, (*compare, "--repair"), compare):
             done = subprocess.run(
                 [str(PROGRAM), "verify", self.store, *options],
-                env=os.environ | self.env | {"DESFS_CATALOG": self.catalog},
+                env=os.environ | self.env | {"PGPASSWORD": servers.POSTGRES_PASSWORD},
                 capture_output=True,
                 text=True,
                 timeout=300,
