@@ -264,7 +264,10 @@ def test_the_password_of_redis_is_never_shown(tmp_path: Path, mount_dir: MountPo
     assert not any(SECRET in text for text in shown)
     done = desfs("mount", store, tmp_path, "-o", f"redis=http://:{SECRET}@host")
     assert (done.returncode, SECRET in done.stderr) == (2, False)
-    assert "mount option redis: no URL of Redis" in done.stderr
+    assert "mount option redis: everybody sees a password on a command line" in done.stderr
+    done = desfs("mount", store, tmp_path, env={"DESFS_REDIS": f"http://:{SECRET}@host"})
+    assert (done.returncode, SECRET in done.stderr) == (2, False)
+    assert "no URL of Redis" in done.stderr
 
 
 # --- usage -----------------------------------------------------------------------------------------------------------

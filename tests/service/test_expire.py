@@ -146,5 +146,6 @@ def test_in_s3_with_postgres(s3: servers.S3Server, bucket: str, postgres: str, t
     assert done.stdout.startswith("deleted 3 days (2020-11-18 to 2020-11-20): 3 containers, 2 external objects, ")
     done = desfs("expire", url, "--older-than", "1w", "--yes", env=env)  # the server may list the folders still
     assert (done.returncode, done.stdout) == (0, "deleted nothing: no day is that old\n")
-    done = desfs("verify", url, env=env)
+    compare = ("--catalog", postgres.replace(f":{servers.POSTGRES_PASSWORD}@", "@"))
+    done = desfs("verify", url, *compare, env={**s3.environ(), "PGPASSWORD": servers.POSTGRES_PASSWORD})
     assert (done.returncode, done.stdout) == (0, "compared 0 containers, 0 entries with the catalog: no damage\n")

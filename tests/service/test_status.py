@@ -287,7 +287,7 @@ def test_a_store_says_what_it_holds(kind: str, tmp_path: Path, request: pytest.F
         url, env = f"s3://{bucket}/some/prefix", server.environ()
     found = status(url, env=env)
     assert found["kind"] == "store"
-    assert found["layout"] == {"shard_bits": 8, "placement": "directory", "naming": "path"}
+    assert found["layout"] == {"shard_bits": 8, "placement": "directory", "naming": "path", "id": ""}
     assert [day["day"] for day in found["days"]] == [DAY, "2026-11-18"]
     assert all(day["containers"] == 1 and day["bytes"] > 0 for day in found["days"])
     assert found["foreign"] == {"count": 1, "bytes": 7, "first": ["readme.txt"]}
@@ -310,7 +310,7 @@ def test_a_layout_that_is_not_understood_is_said(tmp_path: Path) -> None:
     assert "not understood" in shown(store_lines(found))
     put_layout(tmp_path, b'{"shard_bits": 4, "placement": "by colour"}')
     found = store_status(open_store(str(tmp_path)))
-    assert found.layout == {"shard_bits": 4, "placement": "by colour", "naming": ""}
+    assert found.layout == {"shard_bits": 4, "placement": "by colour", "naming": "", "id": ""}
     assert "does not know" in shown(store_lines(found))
 
 
