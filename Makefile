@@ -14,7 +14,7 @@ SOURCES := setup.cfg pyproject.toml setup.py README.md LICENSE des_format desfs 
 
 BENCH_PACKAGES := $(TEST_PACKAGES) rclone s3fs
 
-# Files of tests that run side by side: 3 take half of the time, on a machine that has nothing else to do.
+# Files of tests that run side by side, in their order: the many short ones come last, and leave no core idle.
 TEST_PROCESSES ?= 2
 
 # What `make bench` runs (all but the soak; e.g. BENCH='mount --quick'), and where its tables and its plot go.
@@ -72,7 +72,7 @@ demo: dev
 
 .PHONY: test
 test: check
-	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: check
 check: test-packages $(BIN)/.test-stamp
