@@ -89,6 +89,9 @@ def count(one: Replica, metric: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(metric))
 
 
+_LOAD = 4  # clients
+
+
 @dataclass
 class Load:
     """Clients that ask one replica on and on, and what they hear."""
@@ -116,7 +119,7 @@ class Load:
 
     @contextlib.contextmanager
     def going(self) -> Iterator[None]:
-        threads = [threading.Thread(target=self.ask) for _ in range(4)]
+        threads = [threading.Thread(target=self.ask) for _ in range(_LOAD)]
         for thread in threads:
             thread.start()
         try:
@@ -154,7 +157,10 @@ def test_a_replica_that_lost_its_node_id_stops_answering(postgres: str, tmp_path
         at = len(load.answers)
         os.kill(first.pid, signal.SIGCONT)
         load.wait_more(50)
-        assert {status for status, _ in load.answers[at:]} == {503}
+        late = [status for status, _ in load.answers[at:]]
+        # What a client waited for when the replica was stopped may have been reserved before: it is its, and nobody's.
+        assert late.count(200) <= _LOAD
+        assert set(late) - {200} == {503}
         first.wait_ready(503)
         names = [name for _, name in load.answers if name is not None]
         assert {parse_name(name).node_id for name in (*names, *taken)} == {parse_name(names[0]).node_id}
