@@ -505,7 +505,7 @@ def test_failed_rounds_do_not_fill_the_disk(spool: Path, store: Path, script: st
         faulty.script = script
         with pytest.raises(StoreError, match="scripted fault"):
             packer_on(spool, faulty, deadline_s=0.1, big_file_threshold=4096)
-        assert not [name for name in unfinished(spool) if "/work/" in name]
+        assert not [name for name in unfinished(spool) if "/.desfs/work/" in name]
     faulty.script = "ok"
     assert packer_on(spool, faulty, big_file_threshold=4096).files == 4
     assert len(shown(store).contents) == 4
