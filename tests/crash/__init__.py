@@ -45,11 +45,49 @@ class Run:
         return self.status != KILLED
 
 
-class PackerForks:
-    """The process that packers are forked from; see `packer_forks`."""
+class Forks:
+    """A process that runs orders, each in a fork of itself: one order a line, one answer a line."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+
+    def order(self, order: dict[str, Any]) -> Run:
+        """How the fork that carries it out ends."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return Run(answer["status"], tuple(answer["effects"]), answer["message"])
+
+
+@contextmanager
+def forks_of(module: str, environ: dict[str, str] | None = None) -> Iterator[Forks]:
+    """Start a module as the process that forks; it ends with the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **(environ or {})},
+        text=True,
+    )
+    with process:
+        try:
+            yield Forks(process)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+class PackerForks:
+    """The process that packers are forked from; see `packer_forks`."""
+
+    def __init__(self, forks: Forks) -> None:
+        self._forks = forks
 
     def run(
         self,
@@ -63,42 +101,23 @@ class PackerForks:
     ) -> Run:
         """`packer --once` with these settings, as user `uid`, killed before its `die_at`-th effect, counted from 1, or
         before the first whose name begins so."""
-        order = {
-            "spool": str(spool),
-            "store": store,
-            "die_at": die_at,
-            "die_before": die_before,
-            "uid": uid,
-            "settings": settings,
-        }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return Run(answer["status"], tuple(answer["effects"]), answer["message"])
+        return self._forks.order(
+            {
+                "spool": str(spool),
+                "store": store,
+                "die_at": die_at,
+                "die_before": die_before,
+                "uid": uid,
+                "settings": settings,
+            }
+        )
 
 
 @contextmanager
 def packer_forks(environ: dict[str, str] | None = None) -> Iterator[PackerForks]:
     """Start the process that packers are forked from; it ends with the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.crash.packing"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, **(environ or {})},
-        text=True,
-    )
-    with process:
-        try:
-            yield PackerForks(process)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    with forks_of("tests.crash.packing", environ) as forks:
+        yield PackerForks(forks)
 
 
 @dataclass(frozen=True, slots=True)

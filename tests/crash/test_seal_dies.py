@@ -4,11 +4,7 @@ on."""
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +16,7 @@ from assignment.catalog import Catalog, Lease
 from desfs.store.base import S3Options
 from desfs.store.retrying import Retrying
 from tests import servers
-from tests.crash import Run
+from tests.crash import Forks, Run, forks_of
 from tests.merging import BIG, DAY, World, build_part
 
 GRACES = {"delete_grace": 0, "orphan_grace": 0}
@@ -32,8 +28,8 @@ SHOWN = {"a": b"2", "b": b"1", "c": b"late", "big": BIG_FILE, "f/1": b"1", "f/2"
 class SealForks:
     """The process that seals are forked from; see `seal_forks`."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    def __init__(self, forks: Forks) -> None:
+        self._forks = forks
 
     def run(self, world: World, *, die_at: int | None = None, **settings: Any) -> Run:
         """A run over the day, killed before its `die_at`-th effect, counted from 1."""
@@ -45,34 +41,14 @@ class SealForks:
             "die_at": die_at,
             "settings": GRACES | endpoint | settings,
         }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return Run(answer["status"], tuple(answer["effects"]), answer["message"])
+        return self._forks.order(order)
 
 
 @contextmanager
 def seal_forks(environ: dict[str, str] | None = None) -> Iterator[SealForks]:
     """Start the process that seals are forked from; it ends with the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.crash.sealing"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, **(environ or {})},
-        text=True,
-    )
-    with process:
-        try:
-            yield SealForks(process)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    with forks_of("tests.crash.sealing", environ) as forks:
+        yield SealForks(forks)
 
 
 @pytest.fixture(scope="module")
