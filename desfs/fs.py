@@ -69,6 +69,7 @@ _SLACK = 32 * 1024 * 1024
 FOREVER_S = 86400.0
 # What SIGHUP can change.
 LIVE_SETTINGS = frozenset(("refresh", "deadline", "log_level", "log_format", "log_file"))
+_LEAVE_S = 5.0  # for the kernel to take what it is being told
 _FORGET_S = 1.0  # that a reader who is told of a change waits for the kernel to forget the old name
 _FORGETTING = 8  # at a time
 _DEFAULT_FILE_MODE = 0o644
@@ -104,6 +105,11 @@ class KernelCache(Protocol):
         pending read."""
         ...
 
+    def close(self, limit_s: float) -> bool:
+        """Take nothing more, and wait for what the kernel has been told; False when it is not done in time. Blocks:
+        requests have to be answered meanwhile."""
+        ...
+
 
 class FileSystem:
     """The name space of a store: days, directories, files, and `/.desfs`."""
@@ -137,7 +143,8 @@ class FileSystem:
         await self.views.start()
 
     async def run(self, kernel: KernelCache, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Fetch what is read, and refresh the days that may change, until cancelled."""
+        """Fetch what is read, and refresh the days that may change, until cancelled. It has ended when the kernel has
+        taken what it was told: the caller has requests answered until then, at least with an error."""
         self._kernel = kernel
         pusher = Pusher(kernel.page_queue(), self.settings.memory // 8)
         pusher.start()
@@ -155,7 +162,13 @@ class FileSystem:
                     await self.refresh()
         finally:
             self.prefetcher.pusher = None
-            pusher.stop()
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._leave_kernel, kernel, pusher, limiter=trio.CapacityLimiter(1))
+
+    @staticmethod
+    def _leave_kernel(kernel: KernelCache, pusher: Pusher) -> None:
+        if not (pusher.stop(_LEAVE_S) and kernel.close(_LEAVE_S)):
+            log.error("the kernel still waits for the answer to a request: this process may not be able to end")
 
     def reconfigure(self, settings: MountSettings) -> list[str]:
         """Take over the settings that may change under a mount, LIVE_SETTINGS; the names of the others that differ."""

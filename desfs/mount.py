@@ -104,7 +104,7 @@ async def _serve(
                 raise MountFailed(f"cannot mount at {mountpoint}: {message() or error}") from error
             if message():
                 log.warning("libfuse has something to say", message=message())
-        daemon = _Daemon(store, fs, mountpoint, reload, notifier)
+        daemon = _Daemon(store, fs, operations, mountpoint, reload, notifier)
         unmount = False
         try:
             try:
@@ -124,12 +124,14 @@ class _Daemon:
         self,
         store: Retrying,
         fs: FileSystem,
+        operations: Operations,
         mountpoint: str,
         reload: Callable[[], MountSettings],
         notifier: Notifier,
     ) -> None:
         self._store = store
         self._fs = fs
+        self._operations = operations
         self._mountpoint = mountpoint
         self._mounted = mounted_at(mountpoint)
         self._reload = reload
@@ -137,19 +139,32 @@ class _Daemon:
         self._requests = trio.CancelScope()
 
     async def run(self, ready: Callable[[], None], signals: AsyncIterator[int]) -> None:
-        """Serve until the kernel or a signal ends the session."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._answer_signals, nursery, signals)
-            await nursery.start(self._fs.run, KernelNotifier())
-            nursery.start_soon(self._announce, ready)
-            nursery.start_soon(self._watch)
-            if self._fs.settings.redis is not None:
-                url = self._fs.settings.redis.get_secret_value()
-                nursery.start_soon(Announcements(url, self._store.url, self._fs.refresh_day).run)
-            with self._requests:
-                await pyfuse3.main(max_tasks=_MAX_TASKS)
-            self._notifier.stopping("unmounted")
-            nursery.cancel_scope.cancel()
+        """Serve until the kernel or a signal ends the session. Requests are answered until everything else has ended,
+        with an error at last: `Operations.refuse` says why."""
+        async with trio.open_nursery() as answering:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._answer_signals, nursery, signals)
+                    await nursery.start(self._fs.run, KernelNotifier())
+                    nursery.start_soon(self._announce, ready)
+                    nursery.start_soon(self._watch)
+                    if self._fs.settings.redis is not None:
+                        url = self._fs.settings.redis.get_secret_value()
+                        nursery.start_soon(Announcements(url, self._store.url, self._fs.refresh_day).run)
+                    try:
+                        with self._requests:
+                            await pyfuse3.main(max_tasks=_MAX_TASKS)
+                    finally:
+                        self._operations.refuse()
+                        answering.start_soon(self._answer_the_last)
+                        self._notifier.stopping("unmounted")
+                        nursery.cancel_scope.cancel()
+            finally:
+                pyfuse3.terminate()
+
+    async def _answer_the_last(self) -> None:
+        with trio.CancelScope(shield=True):
+            await pyfuse3.main(max_tasks=_MAX_TASKS)
 
     def is_still_mounted(self) -> bool:
         """False when somebody has unmounted us, or mounted something else there meanwhile: a late exit must not take
@@ -169,8 +184,7 @@ class _Daemon:
                 await self._end(signal.Signals(number).name)
 
     async def _end(self, why: str) -> None:
-        """Unmount, and end the main loop; requests that take too long are given up, and the kernel tells those who wait
-        for them."""
+        """Unmount, and end the main loop. New requests are refused, those under way have some time."""
         log.info("unmounting", mountpoint=self._mountpoint, signal=why)
         self._notifier.stopping("unmounting")
         if self.is_still_mounted():
@@ -182,8 +196,9 @@ class _Daemon:
                     await trio.to_thread.run_sync(self._unmount, True)
                 except DesfsError as error:
                     log.error("not unmounted: libfuse tries once more at the end", reason=str(error))
-        pyfuse3.terminate()
-        self._requests.deadline = min(self._requests.deadline, trio.current_time() + _END_S)
+        self._operations.refuse()
+        self._requests.deadline = trio.current_time() + _END_S
+        self._fs.requests.when_idle(self._requests.cancel)
 
     def _unmount(self, lazy: bool) -> None:
         place = self._place()

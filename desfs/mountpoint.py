@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from desfs import connection
 from desfs.errors import DesfsError, UsageError
 from desfs.hanging import Call, look
 
@@ -66,10 +67,13 @@ def check_mountpoint(path: str) -> str:
         outcomes = look([Call("stat", absolute), Call("statvfs", absolute)], limit_s=_LOOK_S)
         # ECONNABORTED: the daemon is dying right now.
         is_dead = any(outcome.errno in (errno.ENOTCONN, errno.ECONNABORTED) for outcome in outcomes)
+        if not all(outcome.answered for outcome in outcomes) and mounted.fs_type == FS_TYPE:
+            is_dead = is_dead or cut_orphan(absolute)
         if not is_dead or mounted.fs_type != FS_TYPE:
             how = "" if all(outcome.answered for outcome in outcomes) else f", and does not answer within {_LOOK_S:g} s"
             raise UsageError(f"mount point {path} is busy: {what}{how}")
-        unmount(absolute, lazy=True)
+        if mounted_at(absolute) == mounted:
+            unmount(absolute, lazy=True)
         return check_mountpoint(path)
     try:
         status = os.stat(absolute)
@@ -142,6 +146,17 @@ def unmount(path: str, *, lazy: bool = False, limit_s: float = _UNMOUNT_TIMEOUT_
         raise DesfsError(f"{path}: unmounting takes longer than {limit_s:g} s") from None
     if done.returncode != 0:
         raise DesfsError(f"{path}: {done.stderr.strip() or f'fusermount3 ended with {done.returncode}'}")
+
+
+def cut_orphan(path: str) -> bool:
+    """Make a mount dead that hangs because its daemon was killed and cannot end; whether it was one. Others are left as
+    they are. Raises: DesfsError when that is not permitted."""
+    place = real_place(path)
+    mounted = mounted_at(place)
+    if mounted is None or mounted.fs_type != FS_TYPE or not connection.is_orphaned(mounted.device):
+        return False
+    connection.abort(mounted.device, place)
+    return True
 
 
 def user_allow_other() -> bool:

@@ -9,12 +9,15 @@ import errno
 import functools
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from itertools import chain
+from queue import SimpleQueue
 from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 import structlog
+import trio
 
 from des_format.errors import DesFormatError
 from desfs import metrics
@@ -24,7 +27,6 @@ from desfs.fs import FOREVER_S, FileSystem
 from desfs.inode import NOTHING, ROOT, InodeNumber
 from desfs.levers import LEVERS
 from desfs.push import LeverQueue, PageQueue, PlainQueue
-from desfs.requests import OpenRequests
 from desfs.settings import MountSettings
 
 log = structlog.get_logger(__name__)
@@ -41,16 +43,20 @@ _MAX_NAME = 255
 
 def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
     """The one wrapper of every handler: counts, knows what is open, turns errors into FUSEError, logs what it does not
-    know. Nothing but FUSEError and cancellation gets out: any other exception would end pyfuse3's main loop."""
+    know. Nothing but FUSEError gets out: any other exception would end pyfuse3's main loop, and leave a request without
+    an answer."""
 
     def wrap(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         done = metrics.REQUESTS.labels(operation, "OK")
 
         @functools.wraps(handler)
         async def handled(*arguments: P.args, **options: P.kwargs) -> R:
-            requests: OpenRequests = arguments[0].requests  # type: ignore[attr-defined]
+            operations: Operations = arguments[0]  # type: ignore[assignment]
+            requests = operations.requests
             number = requests.begin(operation)
             try:
+                if operations.is_refusing:
+                    raise pyfuse3.FUSEError(errno.ENOTCONN)
                 answer = await handler(*arguments, **options)
             except (DesfsError, DesFormatError) as error:
                 code = errno_of(error)
@@ -61,6 +67,10 @@ def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Cal
             except pyfuse3.FUSEError as error:
                 _count(operation, error.errno)
                 raise
+            except trio.Cancelled:
+                # The next wait of pyfuse3's loop is cancelled again. See Operations.refuse for why it has to be told.
+                _count(operation, errno.ENOTCONN)
+                raise pyfuse3.FUSEError(errno.ENOTCONN) from None
             except Exception:
                 log.exception("unexpected error", operation=operation)
                 _count(operation, errno.EIO)
@@ -91,6 +101,16 @@ class Operations(pyfuse3.Operations):
         self._fs = fs
         self._uid = settings.uid
         self._gid = settings.gid
+        self.is_refusing = False
+
+    def refuse(self) -> None:
+        """Answer every request from now on as the kernel does for a dead mount.
+
+        Who puts pages into the kernel or has it forget some waits for those that a pending READ has locked, and holds
+        what an unmount needs (fc->killsb: Linux, fs/fuse/dev.c, fuse_notify_store; inode.c, fuse_mount_remove). Neither
+        that thread nor the process nor the mount could ever end if nobody answered: seen with Linux 6.18.
+        """
+        self.is_refusing = True
 
     @reply("lookup")
     async def lookup(
@@ -312,17 +332,26 @@ def _store(inode: int, payload: Any) -> int:
 
 
 class KernelNotifier:
-    """Tells the kernel what to forget. forget_entry goes through pyfuse3's own thread: telling it can block."""
+    """Tells the kernel what to forget. What can block is done by threads, while requests are answered until `close` has
+    returned. Of any thread."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._returned = threading.Condition()
+        self._names: SimpleQueue[tuple[InodeNumber, bytes] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._forget_names, name="forget", daemon=True)
+        self._thread.start()
 
     def forget_entry(self, parent: InodeNumber, name: bytes) -> None:
-        pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), ignore_enoent=True)
+        self._names.put((parent, name))
+
+    def _forget_names(self) -> None:
+        while (found := self._names.get()) is not None:
+            self.drop_entry(*found)
 
     def drop_entry(self, parent: InodeNumber, name: bytes) -> None:
-        try:
+        with self._call(), _unless_unknown():
             pyfuse3.invalidate_entry(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # the kernel does not know it
-                log.warning("the kernel did not take a notification", error=str(error))
 
     def page_queue(self) -> PageQueue:
         extension = LEVERS.extension
@@ -339,9 +368,32 @@ class KernelNotifier:
         threading.Thread(target=self._forget, args=(inode,), kwargs={"attr_only": False}, daemon=True).start()
 
     def _forget(self, inode: InodeNumber, *, attr_only: bool) -> None:
-        try:
+        with self._call(), _unless_unknown():
             # There is no writeback here, without which this does not block (pyfuse3's documentation).
             pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=attr_only)
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # the kernel does not know the inode: nothing to forget
-                log.warning("the kernel did not take a notification", error=str(error))
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        with self._returned:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._returned:
+                self._calls -= 1
+                self._returned.notify_all()
+
+    def close(self, limit_s: float) -> bool:
+        self._names.put(None)
+        self._thread.join(limit_s)
+        with self._returned:
+            return self._returned.wait_for(lambda: not self._calls, limit_s)
+
+
+@contextmanager
+def _unless_unknown() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # the kernel does not know it: there is nothing to forget
+            log.warning("the kernel did not take a notification", error=str(error))

@@ -32,7 +32,6 @@ log = structlog.get_logger(__name__)
 # when it has a core.
 _PATIENCE_S = 0.005
 _PAUSE_S = 0.0001
-_STOP_S = 2.0
 
 # What we know of the kernel and a row: bits of OpenContainer.pages.
 LISTED = 1  # it has been told of the inode, or is being told
@@ -179,13 +178,14 @@ class Pusher:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; what waits is dropped. Blocks while the kernel takes the last payload."""
+    def stop(self, limit_s: float) -> bool:
+        """End the thread; what waits is dropped. Blocks while the kernel takes the last payload, which it may not do
+        before a READ is answered; False when that takes longer than `limit_s`."""
         self._stopping = True
         self._queue.stop()
-        if self._thread.is_alive():
-            # It may wait for a page that a READ has locked, which nobody answers any more: the session's end ends that.
-            self._thread.join(_STOP_S)
+        if self._thread.ident is not None:
+            self._thread.join(limit_s)
+        return not self._thread.is_alive()
 
     def push(self, container: OpenContainer, piece: Piece, rows: npt.NDArray[np.uint32]) -> None:
         """Queue the payloads of rows that are in a piece."""

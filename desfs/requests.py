@@ -22,6 +22,7 @@ class OpenRequests:
         self._clock = clock
         self._numbers = itertools.count()
         self._open: dict[int, tuple[str, float]] = {}  # the oldest first
+        self._idle: Callable[[], None] | None = None
 
     def begin(self, operation: str) -> int:
         """A request has come; its number, for `end`."""
@@ -32,6 +33,14 @@ class OpenRequests:
     def end(self, number: int) -> None:
         """It has been answered."""
         del self._open[number]
+        if not self._open and self._idle is not None:
+            self._idle()
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Call it whenever the last open request is answered, and now if there is none."""
+        self._idle = call
+        if not self._open:
+            call()
 
     def oldest(self) -> OpenRequest | None:
         """The one that has been waiting longest."""

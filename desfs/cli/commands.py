@@ -268,10 +268,11 @@ def umount(
     ] = False,
 ) -> None:
     """Unmount a directory."""
-    from desfs.mountpoint import unmount
+    from desfs.mountpoint import cut_orphan, mounted_at, real_place, unmount
 
     try:
-        unmount(directory, lazy=lazy)
+        if not cut_orphan(directory) or mounted_at(real_place(directory)) is not None:
+            unmount(directory, lazy=lazy)
     except DesfsError as error:
         hint = "" if lazy or "busy" not in str(error) else " (--lazy takes it away all the same)"
         raise typer.Exit(fail(f"{error}{hint}", EXIT_FAILURE)) from error

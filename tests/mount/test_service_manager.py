@@ -238,24 +238,34 @@ def test_sigusr1_writes_the_state_to_the_log(s3: S3Server, bucket: str, store: P
 # --- the end -------------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_while_a_tar_runs(store: Path, mount_dir: MountPoint, tmp_path: Path) -> None:
-    """docs/operations.md: SIGTERM ends a busy mount within ten seconds, lazily, and says so."""
-    log = tmp_path / "the.log"
-    mount(store, mount_dir.path, f"log_file={log}")
-    pid = daemon_of(mount_dir.path)
-    script = "while tar -cf - . | cat > /dev/null; do :; done"  # until its directory is that of a dead mount
-    with subprocess.Popen(["bash", "-o", "pipefail", "-c", script], stderr=subprocess.PIPE, cwd=mount_dir.path) as tar:
+@pytest.mark.parametrize("levers", ["auto", "off"])
+def test_sigterm_while_a_tar_runs(store: Path, mount_dir: MountPoint, tmp_path: Path, levers: str) -> None:
+    """docs/operations.md: SIGTERM ends a busy mount within ten seconds, lazily, and says so. Some times: it may come
+    while the kernel takes pages from the daemon that wait for a READ."""
+    for number in range(4):
+        log = tmp_path / f"{number}.log"
+        mount(store, mount_dir.path, f"log_file={log},levers={levers}")
+        end_while_a_tar_runs(mount_dir.path)
+        assert "unmounting lazily" in log.read_text()
+        assert "may not be able to end" not in log.read_text()
+
+
+def end_while_a_tar_runs(mount_dir: Path) -> None:
+    pid = daemon_of(mount_dir)
+    # What the kernel has in its caches can be read from a dead mount as well: the loop need not end by itself.
+    script = "while :; do tar -cf - . | cat > /dev/null; done"
+    with subprocess.Popen(
+        ["bash", "-c", script], stderr=subprocess.DEVNULL, cwd=mount_dir, start_new_session=True
+    ) as tars:
         try:
-            wait_until(lambda: stats(mount_dir.path)["metrics"].get("desfs_fuse_requests_total.read.OK"), "tar")  # type: ignore[attr-defined]
+            wait_until(lambda: stats(mount_dir)["metrics"].get("desfs_fuse_requests_total.read.OK"), "tar")  # type: ignore[attr-defined]
             began = time.monotonic()
             os.kill(pid, signal.SIGTERM)
             wait_until(lambda: not servers.is_running(pid), "the daemon's end")
             assert time.monotonic() - began < 30, "within 10 s when nobody else needs the machine"
-            assert not servers.is_mounted(mount_dir.path)
-            tar.wait(PATIENCE_S)
+            assert not servers.is_mounted(mount_dir)
         finally:
-            tar.kill()
-    assert "unmounting lazily" in log.read_text()
+            os.killpg(tars.pid, signal.SIGKILL)
 
 
 def test_an_idle_mount_is_not_unmounted_lazily(store: Path, mount_dir: MountPoint, tmp_path: Path) -> None:

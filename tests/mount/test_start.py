@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -407,6 +408,38 @@ def test_a_signal_ends_it_while_a_read_waits_for_the_store(
         finally:
             reader.kill()
             reader.communicate()
+
+
+@pytest.mark.parametrize("command", ["mount", "umount"])
+def test_a_mount_that_hangs_because_its_daemon_cannot_end_is_cleared(
+    store: Path, mount_dir: MountPoint, command: str
+) -> None:
+    """docs/semantics.md, The end of a mount: killed while the kernel takes a page from it that a reader waits for."""
+    daemon = subprocess.Popen([sys.executable, "-m", "tests.mount.stuck", mount_dir.path])
+    reader: subprocess.Popen[bytes] | None = None
+    minors: set[int] = set()
+    try:
+        wait_until(lambda: servers.is_mounted(mount_dir.path), "the mount")
+        minors = {entry.minor for entry in servers.mount_table() if entry.path == mount_dir.path}
+        reader = subprocess.Popen(["cat", mount_dir.path / "file"], stderr=subprocess.DEVNULL)
+        wait_until(lambda: not servers.is_running(daemon.pid), "the daemon's death")
+        assert daemon.poll() is None  # one of its threads is still there
+        assert reader.poll() is None
+        if command == "mount":
+            mount(store, mount_dir.path)
+            assert (mount_dir.path / DAY / "f").stat().st_size == 7
+        else:
+            assert desfs("umount", "--lazy", mount_dir.path).returncode == 0
+            assert not servers.is_mounted(mount_dir.path)
+        assert reader.wait(PATIENCE_S) == 1
+        assert daemon.wait(PATIENCE_S) == -signal.SIGKILL
+    except BaseException:
+        servers.abort_connections(minors)
+        raise
+    finally:
+        for process in filter(None, (daemon, reader)):
+            process.kill()
+            process.wait(PATIENCE_S)
 
 
 def test_after_a_kill_the_next_mount_takes_the_place(store: Path, mount_dir: MountPoint) -> None:

@@ -71,6 +71,9 @@ class Kernel:
 
         return PlainQueue(refuse)
 
+    def close(self, limit_s: float) -> bool:
+        return True
+
 
 class Entry(NamedTuple):
     """One entry of a page."""

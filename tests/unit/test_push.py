@@ -18,6 +18,7 @@ from desfs.push import ASKED, LISTED, PUSHED, PlainQueue, Pusher
 from tests.mount.stores import put_container
 from tests.unit.opened import KEY, World
 
+PATIENCE_S = 20.0
 FILES = {f"{n:04d}": Random(n).randbytes(n % 50 + 1) for n in range(1000)}
 
 
@@ -88,7 +89,7 @@ def finish(pushing: Pushing) -> None:
     """Let the thread take what is queued, and end it."""
     while pushing.pusher.queued:
         pushing.kernel.entered.wait(0.01)
-    pushing.pusher.stop()
+    assert pushing.pusher.stop(PATIENCE_S)
 
 
 def test_every_file_gets_its_own_bytes(pushing: Pushing) -> None:
@@ -177,7 +178,7 @@ def test_room_in_the_queue_comes_back(tmp_path: Path) -> None:
         pushing.push([row])
         while pushing.pusher.queued:
             pushing.kernel.entered.wait(0.01)
-    pushing.pusher.stop()
+    assert pushing.pusher.stop(PATIENCE_S)
     assert counted("dropped") == before
     assert len(pushing.kernel.pages) == 20
 
@@ -189,7 +190,7 @@ def test_it_stops_behind_the_file_at_hand(pushing: Pushing) -> None:
     pushing.push()
     pushing.push()
     assert pushing.kernel.entered.wait(20)
-    stopper = threading.Thread(target=pushing.pusher.stop)
+    stopper = threading.Thread(target=pushing.pusher.stop, args=(PATIENCE_S,))
     stopper.start()
     while not pushing.pusher._stopping:
         pass
@@ -204,7 +205,7 @@ def test_it_stops_behind_the_file_at_hand(pushing: Pushing) -> None:
 
 def test_a_pusher_that_never_started_can_be_stopped(pushing: Pushing) -> None:
     pushing.push()
-    pushing.pusher.stop()
+    assert pushing.pusher.stop(PATIENCE_S)
     assert pushing.kernel.calls == 0
 
 
