@@ -34,7 +34,7 @@ from tests.unit.containers import Item, build
 pytestmark = pytest.mark.fuse
 
 # One shard has the whole day, 2,000 parts at one every two seconds; the others have a part of it, for the sake of time.
-PARTS = {"0": 2_000, "5": 300, "a": 300, "f": 300}
+PARTS = {"0": 2_000, "5": 100, "a": 100, "f": 100}
 # Fewer than 15 parts of a shard come in this time: each is three transactions that reach the disk.
 GRACE_S = 0.1
 MOST = 40
