@@ -21,8 +21,8 @@ _TIMEOUT_S = 10.0
 
 def is_orphaned(device: str) -> bool:
     """Whether the processes that hold the connection of a mount were all killed. `device` is the mount's, as in
-    mountinfo. False when none is seen: it may belong to another user, run in another container, or the kernel does not
-    say who holds what (Linux before 6.14)."""
+    mountinfo. False when none is seen: it may belong to another user, run in another container, or the kernel is one
+    that does not say who holds what, in the fdinfo of /dev/fuse."""
     holders = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _holds(pid, device)]
     return bool(holders) and all(map(_is_killed, holders))
 

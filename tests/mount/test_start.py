@@ -389,7 +389,8 @@ def test_a_signal_ends_it_while_a_read_waits_for_the_store(
     s3: S3Server, bucket: str, store: Path, tmp_path: Path
 ) -> None:
     """docs/semantics.md: SIGTERM and SIGINT unmount and end the daemon, though files are open or reads wait for the
-    store. Who still waits gets an error."""
+    store. Who still waits gets an error (`Transport endpoint is not connected`), and so does who asks for anything
+    new."""
     upload(s3, bucket, store)
     with CountingProxy(s3.host, s3.port) as proxy, servers.mount_point(tmp_path / "mnt") as point:
         mount(f"s3://{bucket}", point.path, env=s3.environ(endpoint_url=proxy.url))
@@ -405,6 +406,8 @@ def test_a_signal_ends_it_while_a_read_waits_for_the_store(
             wait_until(lambda: not servers.is_running(pid), "the daemon's end")
             assert time.monotonic() - began < STALL_S
             assert reader.wait(PATIENCE_S) != 0
+            assert reader.stderr is not None
+            assert b"Transport endpoint is not connected" in reader.stderr.read()
         finally:
             reader.kill()
             reader.communicate()
@@ -414,7 +417,9 @@ def test_a_signal_ends_it_while_a_read_waits_for_the_store(
 def test_a_mount_that_hangs_because_its_daemon_cannot_end_is_cleared(
     store: Path, mount_dir: MountPoint, command: str
 ) -> None:
-    """docs/semantics.md, The end of a mount: killed while the kernel takes a page from it that a reader waits for."""
+    """docs/semantics.md: A daemon that is killed (SIGKILL, out of memory) while the kernel takes pages from it cannot
+    end, and its mount hangs instead of being dead. `desfs mount` and `desfs umount` find that out, abort the
+    connection, and readers get an error; by hand it is `umount --force`."""
     daemon = subprocess.Popen([sys.executable, "-m", "tests.mount.stuck", mount_dir.path])
     reader: subprocess.Popen[bytes] | None = None
     minors: set[int] = set()
