@@ -6,7 +6,7 @@ PIP_INSTALL := -m pip -qq --disable-pip-version-check --no-input install --no-ca
 PIP := $(BIN)/python $(PIP_INSTALL)
 
 RUN_PACKAGES := python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3
-TEST_PACKAGES := $(RUN_PACKAGES) redis-server postgresql rsync attr strace systemd
+TEST_PACKAGES := $(RUN_PACKAGES) redis-server postgresql rsync attr strace systemd chromium prometheus
 
 # What an installation is made from, besides the modules themselves.
 INSTALLED := setup.cfg pyproject.toml setup.py desfs/_levers.c
@@ -80,6 +80,17 @@ check: test-packages $(BIN)/.test-stamp
 	@$(BIN)/ruff format --quiet --check . || { echo "make: not formatted; run $(BIN)/ruff format ." >&2; exit 1; }
 	@$(BIN)/mypy --strict --no-error-summary
 	@$(BIN)/lint-imports --no-logo >.venv/lint-imports.log || { cat .venv/lint-imports.log >&2; exit 1; }
+	@$(BIN)/python -m tests.audit --if-possible
+
+# What is known of the vulnerabilities of all that is installed in .venv. PyPI is asked; no answer is a failure here.
+.PHONY: audit
+audit: $(BIN)/.test-stamp
+	@$(BIN)/python -m tests.audit
+
+# The pages of docs/ as a site, in build/docs. (The theme would say at each start how long it is going to be maintained.)
+.PHONY: docs
+docs: $(BIN)/.docs-stamp
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 .PHONY: bench
 bench: bench-packages $(BIN)/.bench-stamp
@@ -209,6 +220,11 @@ $(BIN)/.dev-stamp: $(INSTALLED) | $(BIN)/python
 $(BIN)/.test-stamp: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing desfs and what its tests need into .venv'
 	@$(PIP) --editable '.[redis,test]'
+	@touch $@ $(BIN)/.dev-stamp
+
+$(BIN)/.docs-stamp: $(INSTALLED) | $(BIN)/python
+	@echo 'Installing desfs and what its documentation is built with into .venv'
+	@$(PIP) --editable '.[docs]'
 	@touch $@ $(BIN)/.dev-stamp
 
 $(BIN)/.bench-stamp: $(INSTALLED) | $(BIN)/python

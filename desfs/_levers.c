@@ -278,10 +278,10 @@ static PyObject *queue_pages(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* counts: stored, unknown, refused, the last errno. A row whose byte has a bit of `skip` is left out; the others get `mark`,
+/* counts: stored, unknown, refused, the last errno, the bytes of what was stored. A row whose byte has a bit of `skip` is left out; the others get `mark`,
  * and 0 if the kernel does not take them. It is told of a listing's inodes just before, and given `patience_us` in all to
  * make them. */
-static void store(const struct push *push, unsigned skip, unsigned mark, long patience_us, unsigned counts[4])
+static void store(const struct push *push, unsigned skip, unsigned mark, long patience_us, uint64_t counts[5])
 {
     const uint64_t(*file)[4] = push->files.buf;
     const Py_ssize_t n = push->files.len / (Py_ssize_t)sizeof(*file);
@@ -302,16 +302,20 @@ static void store(const struct push *push, unsigned skip, unsigned mark, long pa
         if (result) {
             *page = 0;
             counts[3] = -result;
+        } else {
+            counts[4] += file[i][2];
         }
         counts[result == 0 ? 0 : result == -ENOENT ? 1 : 2]++;
     }
 }
 
 /* (skip, mark, patience_us, most): wait for what is queued, and store it, until nothing is left or `most` bytes of data have
- * been stored from: they are held until then. (stored, unknown, refused, the last errno, how many were queued); None when stopped. */
+ * been stored from: they are held until then. (stored, unknown, refused, the last errno, how many were queued, the bytes of
+ * what was stored); None when stopped. */
 static PyObject *serve_pages(PyObject *self, PyObject *args)
 {
-    unsigned skip, mark, counts[4] = {0, 0, 0, 0};
+    unsigned skip, mark;
+    uint64_t counts[5] = {0, 0, 0, 0, 0};
     long patience_us;
     struct push *done = NULL;
     Py_ssize_t size = 0, batches = 0, most;
@@ -345,7 +349,9 @@ static PyObject *serve_pages(PyObject *self, PyObject *args)
         end_of_waiting = &waiting;
         Py_RETURN_NONE;
     }
-    return Py_BuildValue("IIIIn", counts[0], counts[1], counts[2], counts[3], batches);
+    return Py_BuildValue("KKKKnK", (unsigned long long)counts[0], (unsigned long long)counts[1],
+                         (unsigned long long)counts[2], (unsigned long long)counts[3], batches,
+                         (unsigned long long)counts[4]);
 }
 
 static PyObject *stop_pages(PyObject *self, PyObject *args)

@@ -275,7 +275,7 @@ class CacheFolder:
             except OSError as error:
                 self.failed("write", error)
                 return 0
-        metrics.DISK_CACHE_EVICTED.inc(unit.size)
+        metrics.CACHE_EVICTED.labels("disk").inc(unit.size)
         return unit.size
 
     def _missing_on_disk(self, size: int) -> int:

@@ -48,7 +48,7 @@ class _Counted:
 
     def get(self, key: CacheKey) -> bytes | None:
         value = self._inner.get(key)
-        metrics.REDIS_REQUESTS.labels("miss" if value is None else "hit").inc()
+        metrics.CACHE_REQUESTS.labels("redis", "tail", "miss" if value is None else "hit").inc()
         return value
 
     def put(self, key: CacheKey, value: bytes) -> None:

@@ -42,8 +42,8 @@ _ALIGNMENT = 64  # of columns: a cache line
 _MAPPED = 64 * 1024  # bytes; a smaller file is copied: a map takes whole pages
 _META_COLUMNS = {"mtime_ns": "<i8", "mode": "<u2", "crc32c": "<u4", "has_crc32c": "|b1", "damaged": "|b1"}
 
-_HITS = metrics.DISK_CACHE_REQUESTS.labels("index", "hit")
-_MISSES = metrics.DISK_CACHE_REQUESTS.labels("index", "miss")
+_HITS = metrics.CACHE_REQUESTS.labels("disk", "index", "hit")
+_MISSES = metrics.CACHE_REQUESTS.labels("disk", "index", "miss")
 _READ = metrics.DISK_CACHE_BYTES.labels("index", "read")
 _WRITTEN = metrics.DISK_CACHE_BYTES.labels("index", "written")
 

@@ -15,6 +15,7 @@ from des_format.layout import MAX_META
 from des_format.meta import MetaColumns
 from des_format.names import external_keys
 from des_format.source import Tail, open_container
+from desfs import metrics
 from desfs.blocks import Blocks
 from desfs.compiled import Compiled, CompiledIndexes
 from desfs.disk_cache import ObjectVersion
@@ -53,6 +54,7 @@ class StoreSource:
     def __init__(self, store: Store, info: ObjectInfo) -> None:
         self._store = store
         self._info = info
+        self.was_read = False
 
     @property
     def store(self) -> str:
@@ -75,6 +77,7 @@ class StoreSource:
             raise ValueError(f"{self.key}: pinned to {self._info.etag}, not to {etag}")
 
     def read(self, start: int, stop: int) -> bytes:
+        self.was_read = True
         _PARSING.release()
         try:
             return bytes(self._store.get_range(self.key, start, stop, if_match=self._info.etag).data)
@@ -136,7 +139,9 @@ def load_container(
     """
     version = ObjectVersion(store.url, info.key, info.etag)
     found = compiled.get(version) if compiled is not None else None
-    if found is None:
+    if found is not None:
+        metrics.INDEX_LOADS.labels("disk").inc()
+    else:
         with _PARSING:
             found = _parsed(store, info, tails)
         if compiled is not None:
@@ -147,6 +152,7 @@ def load_container(
 def _parsed(store: Store, info: ObjectInfo, tails: IndexCache | None) -> Compiled:
     source = StoreSource(store, info)
     opened = open_container(source, cache=tails, tail_length=tail_length(info.size))
+    metrics.INDEX_LOADS.labels("store" if source.was_read else "redis").inc()
     index = opened.index
     meta = MetaColumns(index.rows)
     if opened.meta is not None:

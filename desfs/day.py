@@ -12,6 +12,7 @@ for that one. Who finds all that he needs waits for nobody.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -398,7 +399,6 @@ class DayView:
             self._views.problems.clear(info.key)  # of the version before
             self._views.problems.report(info.key, str(error))
             return
-        metrics.CONTAINERS_OPENED.inc()
         container = self._views.slots.add(info.key, info.etag, partial(OpenContainer, loaded))
         try:
             member = await trio.to_thread.run_sync(
@@ -486,6 +486,10 @@ class DayView:
         self._views.retire(container for container, _ in old_open.values() if container.slot not in kept)
         for key in before.keys() - self._candidates.keys():
             self._views.problems.clear(key)
+        if old_trees:
+            now_ns = time.time_ns()
+            for key in self._candidates.keys() - before.keys():
+                metrics.SEEN_SECONDS.observe(max(now_ns - self._candidates[key].info.mtime_ns, 0) / 1e9)
         return old_trees, list(trees.values())
 
     async def _reopen_alone(self, container: OpenContainer) -> tuple[list[DayTree], list[DayTree]]:

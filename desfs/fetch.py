@@ -413,12 +413,20 @@ def _bring_blocks(
                     if block is not None:
                         whole[low - start : high - start] = block
                 for low, high in plan_gets(missing, max_gap=0, max_request=PIECE):
+                    metrics.FILES_PER_GET.observe(
+                        sum(
+                            len(blocks.rows(place, place + 1))
+                            for place, (at, _) in enumerate(bounds, first)
+                            if low <= at < high
+                        )
+                    )
                     whole[low - start : high - start] = store.get_range(info.key, low, high, if_match=info.etag).data
                 data = memoryview(whole).toreadonly()
         else:
             missing = []
     if data is None:
         data = store.get_range(info.key, start, stop, if_match=info.etag).data
+        metrics.FILES_PER_GET.observe(len(blocks.rows(first, last)))
     bad = _bad_rows(container, first, last, start, data)
     return Piece(container.number, SMALL, first, last, start, data, bad), [] if bad else missing
 

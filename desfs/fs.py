@@ -69,6 +69,7 @@ _SLACK = 32 * 1024 * 1024
 FOREVER_S = 86400.0
 # What SIGHUP can change.
 LIVE_SETTINGS = frozenset(("refresh", "deadline", "log_level", "log_format", "log_file"))
+_READ_BYTES = metrics.READ_BYTES.labels("read")
 _LEAVE_S = 5.0  # for the kernel to take what it is being told
 _FORGET_S = 1.0  # that a reader who is told of a change waits for the kernel to forget the old name
 _FORGETTING = 8  # at a time
@@ -278,7 +279,9 @@ class FileSystem:
             raise IsADirectory(f"inode {inode:#x} is a directory")
 
         async def read(container: OpenContainer, row: int) -> bytes | memoryview:
-            return await self.prefetcher.read(self._shape_of(container), container, row, offset, size)
+            answer = await self.prefetcher.read(self._shape_of(container), container, row, offset, size)
+            _READ_BYTES.inc(len(answer))
+            return answer
 
         return await self._moves.current(self._file(inode), read)
 

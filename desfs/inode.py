@@ -115,6 +115,9 @@ class Slots(Generic[T]):
     def __getitem__(self, slot: int) -> T:
         return self._containers[slot]
 
+    def __len__(self) -> int:
+        return len(self._containers)
+
     def __iter__(self) -> Iterator[T]:
         return iter(list(self._containers.values()))
 

@@ -14,7 +14,7 @@ import pyfuse3
 import structlog
 import trio
 
-from desfs import memory
+from desfs import instruments, memory, metrics
 from desfs.dump import dump_state
 from desfs.errors import DesfsError, StoreUnavailable
 from desfs.fs import FileSystem
@@ -91,6 +91,8 @@ async def _serve(
         raise StoreUnavailable(f"{store.url} did not answer within {_START_LIMIT_S:g} s")
     store.deadline_s = settings.deadline
     operations = Operations(fs, settings)
+    if settings.metrics is not None:
+        metrics.serve(settings.metrics, metrics.STORE, metrics.MOUNT)
     # Before there is a mount that would be left behind dead. What comes again while it ends says nothing new: at its
     # end the receiver hands back what it has not given.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -148,6 +150,7 @@ class _Daemon:
                     await nursery.start(self._fs.run, KernelNotifier())
                     nursery.start_soon(self._announce, ready)
                     nursery.start_soon(self._watch)
+                    nursery.start_soon(instruments.watch, self._fs)
                     if self._fs.settings.redis is not None:
                         url = self._fs.settings.redis.get_secret_value()
                         nursery.start_soon(Announcements(url, self._store.url, self._fs.refresh_day).run)
@@ -229,6 +232,7 @@ class _Daemon:
         await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
         if self._mounted is not None:
             LEVERS.raise_read_ahead(self._mounted.device)
+        instruments.say_what_runs()
         log.info("mounted", mountpoint=self._mountpoint, levers=LEVERS.report())
         self._notifier.ready(self._status())
         ready()

@@ -48,6 +48,7 @@ def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Cal
 
     def wrap(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         done = metrics.REQUESTS.labels(operation, "OK")
+        seconds = metrics.REQUEST_SECONDS.labels(operation)
 
         @functools.wraps(handler)
         async def handled(*arguments: P.args, **options: P.kwargs) -> R:
@@ -76,7 +77,7 @@ def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Cal
                 _count(operation, errno.EIO)
                 raise pyfuse3.FUSEError(errno.EIO) from None
             finally:
-                requests.end(number)
+                seconds.observe(requests.end(number))
             done.inc()
             return answer
 

@@ -73,6 +73,7 @@ OPTION_HELP = {
     "redis": "redis:// URL of a cache of indexes for several hosts; with a password, set DESFS_REDIS instead (none)",
     "refresh": "seconds between listings of the open days (10)",
     "strict": "a day with a damaged container answers EIO",
+    "metrics": "HOST:PORT to answer /metrics at, for Prometheus (none)",
     "fsname": "source shown by findmnt (SOURCE)",
     "levers": "auto, or off: the kernel asks for every open (auto)",
     "config": "TOML file of settings; options and DESFS_* variables win (none)",

@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from desfs import metrics
+
 # number of the container; SMALL, META, or the row of a large payload; block, first byte of META, or unit of the payload
 Key = tuple[int, int, int]
 SMALL = -2
@@ -100,6 +102,7 @@ class PieceCache:
     def _make_room(self) -> None:
         while self.bytes > self._max_bytes:
             _, oldest = self._pieces.popitem(last=False)
+            metrics.CACHE_EVICTED.labels("memory").inc(len(oldest.data))
             self._forget(oldest)
 
     def _count(self, piece: Piece, size: int) -> None:

@@ -44,6 +44,8 @@ _AT_ONCE_S = 2.0
 _LEAST_WINDOW = 4 * 1024 * 1024  # whatever the memory is
 _REACH = 2  # round trips, or pieces, that the rest of a day is fetched ahead
 _LISTINGS = 1000  # that are remembered
+_HITS = metrics.CACHE_REQUESTS.labels("memory", "block", "hit")
+_MISSES = metrics.CACHE_REQUESTS.labels("memory", "block", "miss")
 
 
 class DayShape(NamedTuple):
@@ -123,9 +125,9 @@ class Prefetcher:
         day = self._days.setdefault(shape.name, _Day())
         walks = self._look_ahead(day, shape, container, row, cached)
         if cached:
-            metrics.CACHE_HITS.labels("memory").inc()
+            _HITS.inc()
             return (await self._fetcher.payload(container, row))[offset:stop]
-        metrics.CACHE_MISSES.labels("memory").inc()
+        _MISSES.inc()
         asked = trio.current_time()
         payload = await self._fetcher.payload(container, row)
         if not walks:

@@ -50,13 +50,14 @@ class Batch(NamedTuple):
 
 class Pushed(NamedTuple):
     """What came of batches: files stored, files whose inode the kernel does not know, files refused, the last errno,
-    and how many batches that were, the first of those that waited."""
+    how many batches that were, the first of those that waited, and the bytes of what was stored."""
 
     stored: int
     unknown: int
     failed: int
     errno: int
     batches: int
+    size: int
 
 
 class PageQueue(Protocol):
@@ -96,7 +97,7 @@ class PlainQueue:
             self._changed.notify()
 
     def serve(self, most: int) -> Pushed | None:
-        total, size = Pushed(0, 0, 0, 0, 0), 0
+        total, size = Pushed(0, 0, 0, 0, 0, 0), 0
         while size < most:
             with self._changed:
                 while not self._waiting and not total.batches and not self._stopping:
@@ -115,7 +116,7 @@ class PlainQueue:
         return total
 
     def _store_batch(self, batch: Batch, total: Pushed) -> Pushed:
-        stored, unknown, failed, last, batches = total
+        stored, unknown, failed, last, batches, size = total
         data, patience_s = memoryview(batch.data), _PATIENCE_S
         for inode, offset, length, row in batch.files.tolist():
             if self._stopping:
@@ -128,14 +129,14 @@ class PlainQueue:
                 time.sleep(_PAUSE_S)
                 patience_s -= _PAUSE_S
             if not found:
-                stored += 1
+                stored, size = stored + 1, size + length
                 continue
             batch.pages[row], last = 0, found
             if found == errno.ENOENT:
                 unknown += 1
             else:
                 failed += 1
-        return Pushed(stored, unknown, failed, last, batches)
+        return Pushed(stored, unknown, failed, last, batches, size)
 
 
 class LeverQueue:
@@ -223,6 +224,7 @@ class Pusher:
         while (result := self._queue.serve(most)) is not None:
             self._done(result.batches)
             metrics.PAGES_PUSHED.labels("stored").inc(result.stored)
+            metrics.READ_BYTES.labels("pushed").inc(result.size)
             metrics.PAGES_PUSHED.labels("unknown").inc(result.unknown)
             metrics.PAGES_PUSHED.labels("failed").inc(result.failed)
             if result.failed:

@@ -1,4 +1,4 @@
-"""The requests that the kernel waits for: which, and for how long. One thread."""
+"""The requests that the kernel waits for: which, and for how long. One thread, but for looking at them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ class OpenRequests:
         self._open[number] = operation, self._clock()
         return number
 
-    def end(self, number: int) -> None:
-        """It has been answered."""
-        del self._open[number]
+    def end(self, number: int) -> float:
+        """It has been answered; seconds since it came."""
+        _, began = self._open.pop(number)
         if not self._open and self._idle is not None:
             self._idle()
+        return self._clock() - began
 
     def when_idle(self, call: Callable[[], None]) -> None:
         """Call it whenever the last open request is answered, and now if there is none."""
@@ -47,9 +48,9 @@ class OpenRequests:
         return next(iter(self.all()), None)
 
     def all(self) -> list[OpenRequest]:
-        """All of them, the oldest first."""
+        """All of them, the oldest first. Any thread."""
         now = self._clock()
-        return [OpenRequest(operation, now - began) for operation, began in self._open.values()]
+        return [OpenRequest(operation, now - began) for operation, began in list(self._open.values())]
 
     def state(self, *, but_youngest: bool = False) -> dict[str, float]:
         """For the statistics; those who are just being told do not want to hear of themselves."""

@@ -110,6 +110,14 @@ def check_timezone(name: str) -> str:
         raise ValueError(f"{name!r} is no name of the time zone database") from error
 
 
+def check_address(address: str) -> str:
+    """HOST:PORT to listen on."""
+    from desfs.metrics import split_address  # not for mounts without it, which have to start fast
+
+    split_address(address)
+    return address
+
+
 _PREFIX = "DESFS_"
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
@@ -117,6 +125,7 @@ Timezone = Annotated[str, AfterValidator(check_timezone)]
 Redis = Annotated[SecretStr, AfterValidator(check_redis)]
 Days = Annotated[int, BeforeValidator(parse_days), Field(ge=0)]
 CatalogUrl = Annotated[SecretStr, AfterValidator(check_catalog)]
+Address = Annotated[str, AfterValidator(check_address)]
 Octal = Annotated[int, BeforeValidator(parse_octal), Field(ge=0, le=0o7777)]
 
 
@@ -172,6 +181,7 @@ class MountSettings(StoreSettings):
     refresh: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     strict: bool = False
     fsname: str | None = None
+    metrics: Address | None = None
     levers: Literal["auto", "off"] = "auto"
 
 
@@ -197,6 +207,7 @@ class PackerSettings(StoreSettings):
     lease_ttl: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     rescan_interval: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     redis: Redis | None = None
+    metrics: Address | None = None
     max_parts: int = Field(default=16, ge=2)
     delete_grace: float = Field(default=30.0, ge=0, allow_inf_nan=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from desfs import __version__
 from desfs.cli.exits import EXIT_FAILURE, fail
@@ -228,18 +229,33 @@ def seal(
     raise typer.Exit(run(store, options | _given({"catalog": catalog, "timezone": timezone}), day=day, json=json))
 
 
-@app.command()
+class _StatusCommand(TyperCommand):
+    """One whose `--watch` may stand without its seconds."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from desfs.cli.status_words import with_seconds
+
+        return super().parse_args(ctx, with_seconds(args))
+
+
+@app.command(cls=_StatusCommand)
 @takes_store_options
 def status(
     place: Annotated[str, typer.Argument(metavar="DIR|URL", help="A mount, a spool or a store.")],
+    watch: Annotated[
+        str | None,
+        typer.Option(
+            "--watch", "-w", metavar="[SECONDS]", help="Again and again, until interrupted. [2, of a store 60]"
+        ),
+    ] = None,
     json: Json = False,
     *,
     options: dict[str, Any],
 ) -> None:
-    """Show the state of a mount, a spool or a store."""
+    """Show the state of a mount, a spool or a store. Rates are averages since the start, or between two looks."""
     from desfs.cli.status import run
 
-    raise typer.Exit(run(place, options, json=json))
+    raise typer.Exit(run(place, options, json=json, watch=watch))
 
 
 @app.command()
@@ -321,6 +337,9 @@ def packer(
     redis: Annotated[
         str | None, typer.Option(metavar="URL", help="Tell mounts of new containers through this Redis. [none]")
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Answer /metrics there, for Prometheus. [none]")
+    ] = None,
     max_parts: Annotated[
         int | None, typer.Option(help="More containers of a shard than these are merged. [16]")
     ] = None,
@@ -354,6 +373,7 @@ def packer(
         "lease_ttl": lease_ttl,
         "rescan_interval": rescan_interval,
         "redis": redis,
+        "metrics": metrics,
         "max_parts": max_parts,
         "delete_grace": delete_grace,
     }

@@ -1,284 +1,172 @@
-"""`desfs status`: what a mount does, what waits in a spool, what a store holds.
+"""`desfs status`: what a mount does, what waits in a spool, what a store holds; with `--watch` again and again.
 
-`--json` prints one object: `MountStatus`, `SpoolStatus` or `StoreStatus` of desfs.status, as `kind` says. Of a mount
-that is not served there are `kind`, `place` and `state` ("dead" or "hung") alone. Exit status: 0; 1 when the mount is
-not served or the place cannot be looked at; 2 when it is none of the three.
+`--json` prints one object a look: `MountStatus`, `SpoolStatus` or `StoreStatus` of desfs.status, as `kind` says. Of a
+mount that is not served there are `kind`, `place` and `state` ("dead", "hung", "gone") alone. Exit status: 0; 1 when
+the mount is not served or the place cannot be looked at; 2 when it is none of the three.
+
+A watch ends with 0 when somebody interrupts it or unmounts what it looks at, with 1 when the mount's daemon has ended.
+While a mount does not answer it goes on, and looks more and more rarely: each look may leave a process behind that
+waits until the mount answers (desfs.hanging).
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-import json as jsons
+import math
 import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
-from des_format.shards import is_day
-from desfs.amounts import counted, format_size
-from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail, printable
-from desfs.cli.setup import set_up
+from desfs.cli.exits import EXIT_FAILURE, EXIT_USAGE, fail
+from desfs.cli.setup import option_name, set_up
+from desfs.cli.status_lines import Line, Report
+from desfs.cli.status_show import Show, live, show_blocks, show_json, show_on_terminal
 from desfs.errors import DesfsError, UsageError
-from desfs.settings import StoreSettings
+from desfs.settings import PackerSettings, StoreSettings, load_settings
 from desfs.status import (
-    MountStatus,
     NotServed,
     Place,
-    SpoolStatus,
-    StoreStatus,
+    Status,
+    expected_wait_s,
     mount_status,
     place_of,
+    since,
     spool_status,
     store_status,
 )
 from desfs.store import open_store
 
 _LIMIT_S = 5.0  # for a mount to answer
-_DAYS = 30  # shown to people; programs get all
-_DAY_COLUMNS = ("day", "containers", "sealed", "parts", "size", "large files", "size", "newest")
+_WATCH_S = {"mount": 2.0, "spool": 2.0, "store": 60.0}  # a look at a store lists all of it, which costs requests
+_LEAST_WATCH_S = 0.1
+_RARELY_S = 60.0  # between looks at a mount that does not answer
+_EXIT_TERMINATED = 128 + signal.SIGTERM  # as a shell has it
 
-Status = MountStatus | SpoolStatus | StoreStatus
 
-
-def run(place: str, options: dict[str, Any], *, json: bool) -> int:
-    """Look, and print what is there; the exit status."""
+def run(place: str, options: dict[str, Any], *, json: bool, watch: str | None = None) -> int:
+    """Look, and print what is there; the exit status. `watch`: seconds between looks as somebody wrote them, "" for
+    what is usual, None for one look."""
     try:
-        settings = set_up(StoreSettings, options)
-        limit_s = min(_LIMIT_S, settings.deadline)
-        status = _look(place_of(place, limit_s=limit_s), settings, limit_s)
+        watch_s = None if watch is None else _parse_seconds(watch)
+        looks = _looks_at(place, options)
+        if watch_s is not None:
+            return _watch(looks, watch_s or _WATCH_S[looks.place.kind], json=json)
+        with _open_show(json=json, is_live=False) as show:
+            try:
+                show(Report.of(looks.look()))
+            except NotServed as error:
+                if json:
+                    show(Report.of_unserved(looks.place.path, error))
+                raise
     except UsageError as error:
         return fail(error, EXIT_USAGE)
-    except NotServed as error:
-        if json:
-            print(jsons.dumps({"kind": "mount", "place": os.path.abspath(place), "state": error.state}))
-        return fail(error, EXIT_FAILURE)
     except (DesfsError, OSError) as error:
         return fail(error, EXIT_FAILURE)
-    _print(status, json=json)
+    except KeyboardInterrupt:
+        if watch is None:
+            raise
     return 0
 
 
-def _look(place: Place, settings: StoreSettings, limit_s: float) -> Status:
-    match place.kind:
-        case "mount":
-            return mount_status(place, limit_s=limit_s)
-        case "spool":
-            return spool_status(place.path)
-    store = open_store(place.path, settings.s3_options(), deadline_s=settings.deadline)
+def _parse_seconds(text: str) -> float:
+    """0.0 for an empty text."""
     try:
-        return store_status(store)
-    finally:
-        store.close()
+        seconds = float(text or 0)
+    except ValueError:
+        seconds = math.nan
+    if text and not (_LEAST_WATCH_S <= seconds < math.inf):
+        raise UsageError(f"--watch: {text!r} is no number of seconds, {_LEAST_WATCH_S} and more")
+    return seconds
 
 
-def _print(status: Status, *, json: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class _Looks:
+    """Looks at one place. `packer`: the settings of who packs it, of a spool."""
+
+    place: Place
+    settings: StoreSettings
+    limit_s: float
+    packer: PackerSettings | None = None
+
+    def look(self) -> Status:
+        """What is there now. Raises: NotServed; DesfsError; OSError."""
+        if self.place.kind == "mount":
+            return mount_status(self.place, limit_s=self.limit_s)
+        if self.packer is not None:
+            patterns = tuple(pattern for pattern in map(str.strip, self.packer.temporary.split(",")) if pattern)
+            return spool_status(self.place.path, expected_s=expected_wait_s(self.packer), temporary=patterns)
+        store = open_store(self.place.path, self.settings.s3_options(), deadline_s=self.settings.deadline)
+        try:
+            return store_status(store)
+        finally:
+            store.close()
+
+
+def _looks_at(text: str, options: dict[str, Any]) -> _Looks:
+    settings = set_up(StoreSettings, options)
+    limit_s = min(_LIMIT_S, settings.deadline)
+    place = place_of(text, limit_s=limit_s)
+    # How long a file may wait is for its packer to say, which has the same variables and the same file.
+    packer = load_settings(PackerSettings, options, option_name) if place.kind == "spool" else None
+    return _Looks(place, settings, limit_s, packer)
+
+
+def _watch(looks: _Looks, every_s: float, *, json: bool) -> int:
+    """Show one look after another; the exit status. Raises: KeyboardInterrupt; what `_Looks.look` raises."""
+    try:
+        with _open_show(json=json, is_live=True) as show:
+            _look_on(looks, every_s, show, json=json)
+    except NotServed as error:
+        if error.state != "gone":
+            raise
+        return fail(error, 0)
+
+
+def _look_on(looks: _Looks, every_s: float, show: Show, *, json: bool) -> NoReturn:
+    before: Status | None = None
+    pause_s = every_s
+    while True:
+        began = time.monotonic()
+        try:
+            status = looks.look()
+        except NotServed as error:
+            report = Report.of_unserved(looks.place.path, error)
+            if error.state != "hung":
+                if json:
+                    show(report)
+                raise
+            pause_s = min(2 * pause_s, max(_RARELY_S, every_s))
+        else:
+            report = Report.of(since(status, before))
+            before, pause_s = status, every_s
+        show(_dated(report, pause_s))
+        time.sleep(max(0.0, began + pause_s - time.monotonic()))
+
+
+def _dated(report: Report, every_s: float) -> Report:
+    first, *others = report.lines
+    when = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, again every {every_s:g} s"
+    return replace(report, lines=[first, Line("at", when), *others])
+
+
+@contextlib.contextmanager
+def _open_show(*, json: bool, is_live: bool) -> Iterator[Show]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that are no UTF-8
     if json:
-        print(jsons.dumps(asdict(status), ensure_ascii=False))
-    elif isinstance(status, MountStatus):
-        _print_pairs(mount_lines(status))
-    elif isinstance(status, SpoolStatus):
-        _print_pairs(spool_lines(status))
+        yield show_json
+    elif not sys.stdout.isatty():
+        yield show_blocks()
+    elif not is_live or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):  # those cannot go back up
+        yield show_on_terminal
     else:
-        _print_pairs(store_lines(status))
-        if status.days:
-            print()
-            _print_table(_DAY_COLUMNS, day_rows(status))
-        left = len(status.days) - _DAYS
-        if left > 0:
-            print(f"and {left:,} older; --json has all")
-    sys.stdout.flush()
-
-
-# --- what people read --------------------------------------------------------------------------------------------
-
-
-def mount_lines(status: MountStatus) -> list[tuple[str, str]]:
-    """What a mount does, a line for each thing."""
-    known = [files for files in status.days.values() if files is not None]
-    lines = [
-        ("mount", status.place),
-        ("source", status.source),
-        ("up for", _duration(status.uptime_seconds)),
-        (
-            "days",
-            f"{len(status.days):,} looked at, {len(known):,} of them with all indexes: {counted(sum(known), 'file')}",
-        ),
-        (
-            "open containers",
-            f"{counted(status.open_containers['files'], 'file')}, {format_size(status.open_containers['bytes'])}",
-        ),
-    ]
-    if status.requests is not None:
-        waiting = counted(int(status.requests.get("open") or 0), "request")
-        oldest_s = status.requests.get("oldest_seconds", 0.0)
-        lines.append(("waiting now", f"{waiting} of the kernel, the oldest for {oldest_s:.1f} s"))
-    lines.append(("kernel requests", _counts(status.kernel_requests)))
-    if status.kernel_errors:
-        lines.append(("failed", _counts(status.kernel_errors)))
-    lines += [
-        ("store requests", _counts(status.store_requests)),
-        ("of these", f"{status.store_failures:,} without success, {status.store_retries:,} tried again"),
-        ("bytes", f"{format_size(status.bytes['received'])} received"),
-        *((f"cache {name}", _ratio(each)) for name, each in status.caches.items()),
-    ]
-    if status.disk_cache is not None:
-        disk = status.disk_cache
-        fault = f"; off: {disk['fault']}" if disk.get("fault") else ""
-        held = f"{format_size(disk['bytes'])} of {format_size(disk['max_bytes'])}"
-        lines.append(("disk cache", f"{disk['folder']}: {held}{fault}"))
-    prefetch = status.prefetch
-    levers = status.levers.get("why_not")
-    speed = format_size(int(status.link["bandwidth"]))
-    lines += [
-        (
-            "prefetch",
-            (
-                f"{counted(prefetch['pushed'], 'file')} pushed to the kernel, {prefetch['pushed_in_vain']:,} in vain; "
-                f"{counted(prefetch['containers_bought'], 'container')} fetched as a whole"
-            ),
-        ),
-        (
-            "link",
-            f"{status.link['latency_s'] * 1000:.1f} ms to the first byte, {speed}/s",
-        ),
-        ("levers", "in force" if status.levers.get("in_force") else f"not in force: {levers}"),
-        ("problems", f"{status.problems['count']:,}"),
-    ]
-    return lines + [("", each) for each in status.problems["first"]]
-
-
-def spool_lines(status: SpoolStatus) -> list[tuple[str, str]]:
-    """What waits in a spool, a line for each thing."""
-    waiting, claimed, packer = status.waiting, status.claimed, status.packer
-    oldest_s = waiting["oldest_seconds"]
-    text = f"{counted(int(waiting['files'] or 0), 'file')}, {format_size(int(waiting['bytes'] or 0))}"
-    if oldest_s is not None:
-        text += f"; the oldest for {_duration(oldest_s)}"
-    if status.temporary:
-        text += f"; {status.temporary:,} with temporary names"
-    running = {True: "at work", False: "none at work", None: "cannot be told: it may be in another container"}
-    rejected = status.rejected
-    held = format_size(claimed["bytes"])
-    return [
-        ("spool", status.place),
-        ("packer", running[packer["running"]] + (f", process {packer['pid']}" if packer["pid"] else "")),
-        ("waiting", text),
-        (
-            "claimed",
-            f"{counted(claimed['files'], 'file')}, {held}, in {counted(claimed['batches'], 'batch', 'batches')}",
-        ),
-        ("put aside", f"{rejected['count']:,} in {os.path.join(status.place, '.desfs', 'rejected')}"),
-        *(("", f"{each['file']}: {each['reason']}") for each in rejected["first"]),
-    ]
-
-
-def store_lines(status: StoreStatus) -> list[tuple[str, str]]:
-    """What a store holds, but for its days."""
-    total, foreign, layout = status.total, status.foreign, status.layout
-    known = (
-        f"{1 << layout['shard_bits']:,} shards a day, placed by {layout['placement']}, named by {layout['naming']}"
-        if layout is not None and status.layout_problem is None
-        else f"not understood: {status.layout_problem}"
-        if status.layout_problem is not None
-        else "none: a lookup reads all indexes of a day"
-    )
-    parts = counted(total.parts, "part")
-    days = sum(is_day(each.day) for each in status.days)
-    return [
-        ("store", status.place),
-        ("layout", known),
-        ("names", f"{len(status.days):,}, {days:,} of them days"),
-        (
-            "containers",
-            f"{total.containers:,}, {format_size(total.bytes)}: {total.sealed:,} sealed, {parts}",
-        ),
-        ("large files", f"{counted(total.external, 'object')} of their own, {format_size(total.external_bytes)}"),
-        (
-            "foreign",
-            f"{counted(foreign['count'], 'object')} that a mount does not show, {format_size(foreign['bytes'])}",
-        ),
-        *(("", each) for each in foreign["first"]),
-    ]
-
-
-def day_rows(status: StoreStatus) -> list[Sequence[str]]:
-    """The newest days, and all of them together."""
-    return [
-        (
-            each.day,
-            f"{each.containers:,}",
-            f"{each.sealed:,}",
-            f"{each.parts:,}",
-            format_size(each.bytes),
-            f"{each.external:,}",
-            format_size(each.external_bytes),
-            f"{datetime.fromtimestamp(each.newest, UTC):%Y-%m-%d %H:%M:%S}",
-        )
-        for each in (*status.days[:_DAYS], status.total)
-    ]
-
-
-def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    pairs = [(name, printable(text)) for name, text in pairs]
-    if not sys.stdout.isatty():
-        width = max(len(name) for name, _ in pairs)
-        for name, text in pairs:
-            print(f"{name:{width}}  {text}")
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in pairs:
-        table.add_row(name, Text(text))  # no markup: names have brackets
-    Console(highlight=False).print(table)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    if not sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        for row in (columns, *rows):
-            first, *rest = (
-                f"{printable(text):{'<' if place == 0 else '>'}{width}}"
-                for place, (text, width) in enumerate(zip(row, widths, strict=True))
-            )
-            print("  ".join((first, *rest)).rstrip())
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
-    for number, row in enumerate(rows, 1):
-        last = number == len(rows)
-        table.add_row(*(Text(printable(text)) for text in row), style="bold" if last else None)
-    Console(highlight=False).print(table)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    total = sum(counts.values())
-    most = sorted(counts.items(), key=lambda each: -each[1])
-    return f"{total:,}" + (f" ({', '.join(f'{name} {count:,}' for name, count in most)})" if counts else "")
-
-
-def _ratio(each: dict[str, int]) -> str:
-    asked = each["hits"] + each["misses"]
-    share = f" ({each['hits'] / asked:.0%})" if asked else ""
-    return f"{each['hits']:,} hits{share}, {each['misses']:,} misses"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+        # Without it the terminal would be left without its cursor.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_EXIT_TERMINATED))
+        with live() as show:
+            yield show

@@ -10,6 +10,7 @@ import structlog
 
 from assignment.catalog import Catalog, Lease
 from assignment.client import AssignmentError
+from desfs import metrics
 from desfs.merging.leases import LeaseBusy
 
 log = structlog.get_logger(__name__)
@@ -34,6 +35,7 @@ class Leases:
         lease = self._leases.get((day, shard))
         if lease is None:
             lease = await self._catalog.acquire(day, shard, self._holder, self._ttl_s)
+            metrics.LEASES.labels("refused" if lease is None else "acquired").inc()
             if lease is None:
                 raise LeaseBusy(f"shard {shard} of {day}: another packer works on it")
             self._leases[day, shard] = lease
@@ -76,5 +78,6 @@ class Leases:
                     continue  # released meanwhile
                 if renewed is None:
                     log.warning("a lease was lost", shard=lease.shard)
+                    metrics.LEASES.labels("lost").inc()
                 else:
                     self._leases[place] = renewed

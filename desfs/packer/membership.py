@@ -17,6 +17,7 @@ from assignment.catalog import Catalog
 from assignment.client import AssignmentError
 from assignment.ring import CLAIMED_SHARDS, Ring, shard_owners
 from des_format.shards import placement_shard, shard_hex
+from desfs import metrics
 from desfs.spool_workers import WorkerPlace, worker_number_of
 
 log = structlog.get_logger(__name__)
@@ -82,6 +83,7 @@ class Membership:
             self._alive = alive
         owners = shard_owners(self._shards, workers)
         self._tended = frozenset(shard for shard, owner in owners.items() if owner == self.name)
+        metrics.SHARDS_OWNED.set(len(self._tended))
 
     async def _beat_on(self) -> None:
         is_silent = False

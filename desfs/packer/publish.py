@@ -42,6 +42,7 @@ from des_format.names import MAX_COMPONENT
 from des_format.reader import BaseReader
 from des_format.shards import hex_group, parse_container_name, placement_shard, shard_hex
 from des_format.source import DEFAULT_TAIL
+from desfs import metrics
 from desfs.adoption import adopt
 from desfs.container import StoreSource
 from desfs.errors import DesfsError, ObjectExists
@@ -405,6 +406,7 @@ class Publisher:
             self._summary.fail(f"{path}: {reason}; it cannot be put aside: {error.strerror}")
             return
         self._summary.rejected += 1
+        metrics.REJECTED_FILES.inc()
         self._summary.emptied.add(os.path.dirname(path))
 
     def _count(self, container: JournalContainer, sizes: list[int]) -> None:

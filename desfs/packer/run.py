@@ -11,10 +11,12 @@ from contextlib import AsyncExitStack
 import structlog
 
 from assignment.client import AssignmentClient, open_embedded
+from desfs import metrics
 from desfs.adoption import check_store
 from desfs.errors import UsageError
 from desfs.layout import Layout
 from desfs.packer.announce import Announcer
+from desfs.packer.instruments import watched_loop
 from desfs.packer.layout import settle_layout
 from desfs.packer.summary import Summary
 from desfs.packer.worker import Packer
@@ -90,6 +92,9 @@ async def _run(
                 progress=progress,
             )
             _stop_at_signals(packer)
+            if settings.metrics is not None:
+                metrics.serve(settings.metrics, metrics.STORE, metrics.PACKER)
+                await stack.enter_async_context(watched_loop())
             if once:
                 return await packer.run_once()
             log.info("packing", spool=str(spool.root), store=store.url, worker=spool.place.name)

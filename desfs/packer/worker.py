@@ -19,6 +19,7 @@ import structlog
 
 from assignment.client import AssignmentClient, AssignmentError, LeaseLost
 from des_format.errors import DesFormatError
+from desfs import metrics
 from desfs.errors import DesfsError, StoreError
 from desfs.file_lease import LeaseRefused
 from desfs.layout import Layout
@@ -107,6 +108,8 @@ class Packer:
         self._waker = Waker(spool.root)
         self._oldest_s: float | None = None  # age of the oldest file that waits, and how much waits with it
         self._waiting = (0, 0)
+        self._noted_at = time.monotonic()
+        metrics.SPOOL_OLDEST.set_function(self._oldest_now)
 
     def stop(self) -> None:
         """End after the batch at hand."""
@@ -180,6 +183,7 @@ class Packer:
             except (DesfsError, DesFormatError, AssignmentError, OSError) as error:
                 delay_s, has_failed = min(max(delay_s, interval_s) * 2, _LONGEST_S), True
                 log.error("packing failed, the files wait", error=str(error), next_try_s=round(delay_s, 1))
+                self._failed(error)
             # Packers that failed together, or wait for one another, do not come back together.
             await self._pause(delay_s * random.uniform(0.8, 1.2), until_woken=delay_s > interval_s and not has_failed)
 
@@ -212,6 +216,13 @@ class Packer:
         waiting = [(each.age_s, each.size) for each in found] + self._spool.claimed_files(self._membership.is_ours)
         self._oldest_s = max((age_s for age_s, _ in waiting), default=None)
         self._waiting = len(waiting), sum(size for _, size in waiting)
+        self._noted_at = time.monotonic()
+        metrics.SPOOL_FILES.set(self._waiting[0])
+        metrics.SPOOL_BYTES.set(self._waiting[1])
+
+    def _oldest_now(self) -> float:
+        """Age of the oldest file that waits: it goes on while we are busy, or wait for the store."""
+        return 0.0 if self._oldest_s is None else self._oldest_s + time.monotonic() - self._noted_at
 
     def _details(self) -> dict[str, Any]:
         """What the worker says of itself to the others."""
@@ -220,9 +231,12 @@ class Packer:
             "spool": str(self._spool.root),
             "waiting_files": self._waiting[0],
             "waiting_bytes": self._waiting[1],
-            "oldest_waiting_s": None if self._oldest_s is None else round(self._oldest_s, 1),
+            "oldest_waiting_s": None if self._oldest_s is None else round(self._oldest_now(), 1),
             "packed_files": self.summary.files,
             "packed_bytes": self.summary.bytes,
+            "failures": [
+                {"at": each.at.isoformat(timespec="seconds"), "what": each.what} for each in self.summary.recent
+            ],
         }
 
     def _is_due(self, found: list[Found]) -> bool:
@@ -252,14 +266,24 @@ class Packer:
 
     async def _publish(self, batch: str, claimed: ClaimedFiles | None = None) -> bool:
         """Bring a batch to its end; False when it has to be tried again."""
+        began = time.monotonic()
         try:
-            return await self._publisher.publish(batch, claimed)
+            is_whole = await self._publisher.publish(batch, claimed)
+            metrics.PUBLISH_SECONDS.observe(time.monotonic() - began)
+            metrics.LAST_PUBLISH.set_to_current_time()
+            return is_whole
         except LeaseLost as error:
+            self._failed(error)
             log.warning("a lease passed while its shard was packed: the batch is tried again", reason=str(error))
             return False
         except BatchTaken as error:
+            self._failed(error)
             log.warning("this worker was taken for dead", reason=str(error))
             return True
+
+    def _failed(self, error: Exception) -> None:
+        metrics.PUBLISH_FAILURES.labels(_reason(error)).inc()
+        self.summary.note_failure(str(error))
 
     def _held_paths(self, *, but: str = "") -> set[str]:
         """Files of which an older version is still claimed."""
@@ -309,6 +333,7 @@ class Packer:
             except (StoreError, AssignmentError):
                 raise  # the next batch would fare no better
             except (DesfsError, DesFormatError, OSError) as error:
+                metrics.PUBLISH_FAILURES.labels(_reason(error)).inc()
                 self.summary.fail(f"batch {mine} stays in .desfs: {error}")
         return is_whole
 
@@ -332,7 +357,9 @@ class Packer:
         days = sorted({*self._latest_days, *self._fresh_days})
         async with Leases(self._client.catalog, self._holder, self._settings.lease_ttl) as leases:
             done = await self._compactor.run_due(leases, days, self._membership.tends)
-        self.summary.merged += sum(len(merged.inputs) for each in done for merged in each.merged)
+        merged = sum(len(merged.inputs) for each in done for merged in each.merged)
+        self.summary.merged += merged
+        metrics.MERGED_CONTAINERS.inc(merged)
         for day in {each.day for each in done}:
             self._announce(day)
 
@@ -358,6 +385,17 @@ class Packer:
         self.summary.emptied = emptied
         if emptied != before:
             await asyncio.to_thread(self._spool.write_emptied, emptied)
+
+
+def _reason(error: Exception) -> str:
+    """Who has to be looked at when packing fails."""
+    if isinstance(error, LeaseLost | BatchTaken):
+        return "lease"
+    if isinstance(error, AssignmentError):
+        return "catalog"
+    if isinstance(error, StoreError):
+        return "store"
+    return "damage" if isinstance(error, DesfsError | DesFormatError) else "spool"
 
 
 def _count_left(found: list[Found]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tests.bench import Figure, number
 from tests.bench.index import measure_index
+from tests.bench.instruments import measure_instruments
 from tests.bench.large import LARGE_FILES
 from tests.bench.mount import CAP_S, FILES, Options, measure_mount
 from tests.bench.soak import measure_soak
@@ -63,6 +64,7 @@ def main(arguments: list[str]) -> int:
         "index": measure_index,
         "store_client": measure_store_client,
         "mount": lambda: measure_mount(options),
+        "instruments": lambda: measure_instruments(parsed.folder),
         "visible": lambda: measure_visible(min(parsed.minutes, 5.0), parsed.folder),
         "soak": lambda: measure_soak(parsed.minutes, parsed.folder),
     }

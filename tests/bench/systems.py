@@ -80,6 +80,7 @@ class Desfs:
     options: Sequence[str] = ()
     cache_dir: Path | None = None
     one_object: bool = False
+    program: Sequence[str | Path] = (DESFS,)
 
     @contextlib.contextmanager
     def mount(self, where: Path) -> Iterator[Mounted]:
@@ -97,7 +98,13 @@ class Desfs:
         with servers.mount_point(where):
             began = time.perf_counter()
             done = subprocess.run(
-                [DESFS, "mount", self.url, where, *(word for option in self.options for word in ("-o", option))],
+                [
+                    *self.program,
+                    "mount",
+                    self.url,
+                    where,
+                    *(word for option in self.options for word in ("-o", option)),
+                ],
                 env=clean_environ() | dict(self.env),
                 capture_output=True,
                 text=True,

@@ -261,26 +261,31 @@ class Bench:
             return timed(["cp", "-r", tree, target], self.cap_s)
 
     def _read(self, tree: Path, readers: int, names: list[str]) -> float:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.readers", tree, str(readers)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            cwd=Path(__file__).parents[2],
-        )
-        try:
-            printed, errors = process.communicate("\n".join(names), timeout=self.cap_s)
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise TooSlow(f"{readers} readers") from error
-            raise
-        if process.returncode != 0:
-            raise RuntimeError(f"readers failed: {errors[-2000:]}")
-        return float(printed)
+        return read_by(readers, tree, names, self.cap_s)
+
+
+def read_by(readers: int, tree: Path, names: list[str], limit_s: float) -> float:
+    """Read files by so many processes; seconds from their common start to the end of the last. Raises: TooSlow."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.bench.readers", tree, str(readers)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        printed, errors = process.communicate("\n".join(names), timeout=limit_s)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise TooSlow(f"{readers} readers") from error
+        raise
+    if process.returncode != 0:
+        raise RuntimeError(f"readers failed: {errors[-2000:]}")
+    return float(printed)
 
 
 def _sample(seconds: float, traffic: Traffic, mounted: Mounted) -> _Sample:

@@ -86,8 +86,8 @@ def test_a_second_mount_needs_no_index_and_no_payload(s3: S3Server, day: str, tm
         read_all(place)
         assert gets(proxy) == []
         shown = stats(place)
-        assert shown["metrics"]["desfs_disk_cache_requests_total.index.hit"] == 256
-        assert shown["metrics"]["desfs_disk_cache_requests_total.block.hit"] > 0
+        assert shown["metrics"]["desfs_cache_requests_total.disk.index.hit"] == 256
+        assert shown["metrics"]["desfs_cache_requests_total.disk.block.hit"] > 0
         assert shown["caches"]["disk"]["fault"] is None  # type: ignore[index]
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
@@ -203,7 +203,7 @@ def test_hosts_share_indexes_through_redis(s3: S3Server, day: str, redis: RedisS
     with counted(s3, day, tmp_path / "two", f"redis={redis.url}", f"cache_dir={tmp_path}/cache") as (place, proxy):
         list_all(place)
         assert gets(proxy) == []
-        assert stats(place)["metrics"]["desfs_redis_requests_total.hit"] == 256
+        assert stats(place)["metrics"]["desfs_cache_requests_total.redis.tail.hit"] == 256
         read_all(place)
     with redis.client() as client:
         client.flushall()

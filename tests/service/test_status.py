@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
+import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from desfs.cli.status import mount_lines, spool_lines, store_lines
+from desfs.cli.status_lines import Line, mount_lines, spool_lines, store_lines
 from desfs.errors import DesfsError, UsageError
 from desfs.spool import Spool
+from desfs.spool_workers import WorkerPlace
 from desfs.status import (
     MountStatus,
     SpoolStatus,
-    build_mount_status,
     build_store_status,
-    lock_holder,
     place_of,
     spool_status,
     store_status,
@@ -34,6 +31,7 @@ from tests.servers import MountPoint, S3Server
 
 DAY = "2026-11-20"
 LIMIT_S = 5.0
+EXPECTED_S = 100.0  # 30 s of max_age, 10 s of rescan_interval, 60 s of deadline
 
 
 def status(*arguments: object, **more: Any) -> dict[str, Any]:
@@ -54,9 +52,9 @@ def failure(*arguments: object, status: int, **more: Any) -> tuple[str, str]:
     return line, done.stdout
 
 
-def shown(pairs: list[tuple[str, str]]) -> str:
+def shown(lines: list[Line]) -> str:
     """What people read."""
-    return "\n".join(f"{name} {text}" for name, text in pairs)
+    return "\n".join(f"{line.name} {line.text}" for line in lines)
 
 
 # --- a mount -----------------------------------------------------------------------------------------------------
@@ -86,6 +84,13 @@ def test_a_mount_says_what_it_has_done(tmp_path: Path, mount_dir: MountPoint) ->
     assert found["disk_cache"]["folder"] == str(tmp_path / "cache")
     assert found["link"]["latency_s"] > 0
     assert found["levers"]["in_force"]
+    assert found["rates"]["since"] == "start"
+    assert found["rates"]["kernel_requests"] > 0
+    assert found["rates"]["received"] > 0
+    assert found["bytes"]["read"] + found["bytes"]["pushed"] >= 7 * len(b"content")
+    assert found["rates"]["hits"].keys() == found["caches"].keys()
+    assert found["requests"]["open"] == 0
+    assert found["warnings"] == []
     assert found["problems"]["count"] == 1
     assert "ff.des" in found["problems"]["first"][0]
     text = shown(mount_lines(MountStatus(**found)))
@@ -110,46 +115,6 @@ def test_a_hung_mount_hangs_nobody_and_a_dead_one_is_said(tmp_path: Path, mount_
     line, found = failure("--json", mount_dir.path, status=1)
     assert "is dead, its daemon has ended" in line
     assert json.loads(found) == {"kind": "mount", "place": str(mount_dir.path), "state": "dead"}
-
-
-def test_statistics_are_summed_up_by_their_labels() -> None:
-    stats = {
-        "source": "file:///x",
-        "uptime_seconds": 3.5,
-        "open_containers": {"bytes": 5, "files": 6},
-        "days": {"b": {"files": None}, "a": {"files": 2}},
-        "caches": {"disk": None, "redis": True},
-        "link": {"latency_s": 0.1, "bandwidth": 5.0},
-        "levers": {"in_force": True},
-        "metrics": {
-            "desfs_fuse_requests_total.read.OK": 5.0,
-            "desfs_fuse_requests_total.read.EIO": 2.0,
-            "desfs_fuse_requests_total.lookup.ENOENT": 9.0,
-            "desfs_store_requests_total.get.206": 7.0,
-            "desfs_store_requests_total.get.503": 1.0,
-            "desfs_store_requests_total.list.ConnectTimeoutError": 1.0,
-            "desfs_store_retries_total.get": 1.0,
-            "desfs_store_bytes_total.received": 12.0,
-            "desfs_redis_requests_total.hit": 4.0,
-            "desfs_pages_pushed_total.stored": 3.0,
-            "desfs_pages_pushed_total.dropped": 2.0,
-        },
-    }
-    found = build_mount_status("/mnt", stats, [f"problem {number}" for number in range(50)])
-    assert found.days == {"a": 2, "b": None}
-    assert found.requests is None
-    assert found.kernel_requests == {"lookup": 9, "read": 7}
-    assert found.kernel_errors == {"EIO": 2}
-    assert found.store_requests == {"get": 8, "list": 1}
-    assert (found.store_failures, found.store_retries) == (2, 1)
-    assert found.bytes == {"received": 12, "sent": 0}
-    assert found.caches == {"memory": {"hits": 0, "misses": 0}, "redis": {"hits": 4, "misses": 0}}
-    assert found.prefetch == {"pushed": 3, "pushed_in_vain": 2, "containers_bought": 0}
-    assert found.problems["count"] == 50
-    assert found.problems["first"][0] == "problem 0"
-    assert len(found.problems["first"]) == 10
-    waiting = build_mount_status("/mnt", stats | {"requests": {"open": 3, "oldest_seconds": 1.5}}, [])
-    assert waiting.requests == {"open": 3, "oldest_seconds": 1.5}
 
 
 # --- a spool -----------------------------------------------------------------------------------------------------
@@ -183,14 +148,28 @@ def test_a_spool_says_what_waits_and_what_was_put_aside(
     assert (found["kind"], found["place"]) == ("spool", str(spool.root))
     assert (found["waiting"]["files"], found["waiting"]["bytes"], found["temporary"]) == (3, 60, 1)
     assert 0 <= found["waiting"]["oldest_seconds"] < 600
-    assert found["claimed"] == {"files": 1, "bytes": 40, "batches": 1}
+    assert {key: found["claimed"][key] for key in ("files", "bytes", "batches")} == {
+        "files": 1,
+        "bytes": 40,
+        "batches": 1,
+    }
+    assert 0 <= found["claimed"]["oldest_seconds"] < 600
     assert found["rejected"]["count"] == 2
     reasons = {each["file"]: each["reason"] for each in found["rejected"]["first"]}
     assert reasons == {"odd: name": "a socket: no", "e": "too large"}
     assert found["packer"] == {"running": False, "pid": None}
+    assert [(each["running"], each["pid"], each["batches"]) for each in found["packers"]] == [(False, None, 1)]
+    assert found["warnings"] == []
+    assert found["rates"] is None
     assert sorted(tmp_path.rglob("*")) == before
     text = shown(spool_lines(SpoolStatus(**found)))
-    for said in ("3 files, 60 B", "1 file, 40 B, in 1 batch", "none at work", "odd: name: a socket: no"):
+    for said in (
+        "3 files, 60 B",
+        "1 file, 40 B, in 1 batch",
+        "none at work",
+        "1 ended with batches left",
+        "odd: name: a socket: no",
+    ):
         assert said in text
 
 
@@ -198,39 +177,120 @@ def test_whether_a_packer_is_at_work_is_told_without_its_lock(
     spool: Spool, announced_logs: list[str], tmp_path: Path
 ) -> None:
     announced_logs.append("put aside")
+
+    def packer() -> dict[str, Any]:
+        return spool_status(str(spool.root), expected_s=EXPECTED_S).packer
+
     spool.join()
     try:
-        assert spool_status(str(spool.root)).packer == {"running": True, "pid": os.getpid()}
+        assert packer() == {"running": True, "pid": os.getpid()}
     finally:
         spool.leave()
-    assert spool_status(str(spool.root)).packer == {"running": False, "pid": None}
+    assert packer() == {"running": False, "pid": None}
     spool.join()  # nobody took it
     spool.leave()
 
 
+def test_each_packer_of_a_spool_is_named(tmp_path: Path) -> None:
+    """Of several the one that ended is left out, unless it has left batches."""
+    spool = Spool(tmp_path)
+    first, second, third = (WorkerPlace.take(spool.internal, shared=True) for _ in range(3))
+    (spool.internal / "claims" / f"20261120-{third.number}").mkdir()
+    try:
+        second.leave()
+        third.leave()
+        found = spool_status(str(tmp_path), expected_s=EXPECTED_S)
+    finally:
+        first.leave()
+    assert found.packers == [
+        {"number": first.number, "running": True, "pid": os.getpid(), "batches": 0},
+        {"number": third.number, "running": False, "pid": None, "batches": 1},
+    ]
+    assert found.packer == {"running": True, "pid": os.getpid()}
+
+
+def test_two_packers_of_a_spool_are_shown_with_their_processes(tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    catalog = tmp_path / "catalog.sqlite"
+    command: list[str | Path] = [
+        PROGRAM,
+        "packer",
+        "--spool",
+        spool,
+        "--store",
+        tmp_path / "store",
+        "--catalog",
+        str(catalog),
+    ]
+    with (
+        servers.child_process(command, log=tmp_path / "one.log") as one,
+        servers.child_process(command, log=tmp_path / "two.log") as two,
+    ):
+
+        def pids() -> set[int]:
+            if not (spool / ".desfs/workers").is_dir():
+                return set()
+            return {each["pid"] for each in spool_status(str(spool), expected_s=EXPECTED_S).packers}
+
+        wait_until(lambda: pids() == {one.pid, two.pid}, "two packers")
+        found = status(spool)
+        assert found["packer"] == {"running": True, "pid": None}
+        text = shown(spool_lines(SpoolStatus(**found)))
+        assert "packers 2 at work" in text
+        assert f"(process {two.pid})" in text
+        one.kill()
+        wait_until(lambda: pids() == {two.pid}, "the end of one")
+        assert status(spool)["packer"] == {"running": True, "pid": two.pid}
+
+
 def test_the_age_of_a_file_is_the_time_since_it_was_touched(spool: Spool, announced_logs: list[str]) -> None:
     announced_logs.append("put aside")
-    touched_s = min((spool.root / name).stat().st_ctime for name in ("photos/a", "b", "c.tmp"))
     os.utime(spool.root / "b", (1, 1))
-    assert spool_status(str(spool.root), now_s=touched_s + 100).waiting["oldest_seconds"] == 100.0
+    touched = {name: (spool.root / name).stat().st_ctime for name in ("photos/a", "b", "c.tmp")}
+    touched_s = min(touched.values())
+    waiting = spool_status(str(spool.root), expected_s=EXPECTED_S, now_s=touched_s + 100).waiting
+    assert waiting["oldest_seconds"] == 100.0
+    assert touched[waiting["oldest_file"]] == touched_s
     for name in ("photos/a", "b", "c.tmp"):
         (spool.root / name).unlink()
-    assert spool_status(str(spool.root)).waiting == {"files": 0, "bytes": 0, "oldest_seconds": None}
+    none = {"files": 0, "bytes": 0, "oldest_seconds": None, "oldest_file": None}
+    assert spool_status(str(spool.root), expected_s=EXPECTED_S).waiting == none
 
 
-def test_only_a_lock_on_that_very_file_counts(tmp_path: Path) -> None:
-    (tmp_path / "lock").touch()
-    file = (tmp_path / "lock").stat()
-    device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
-    others = [
-        f"1: POSIX  ADVISORY  WRITE 11 {device}:{file.st_ino} 0 EOF",
-        f"2: FLOCK  ADVISORY  WRITE 12 ff:ff:{file.st_ino} 0 EOF",
-        f"3: FLOCK  ADVISORY  WRITE 13 {device}:{file.st_ino}1 0 EOF",
-        f"3: -> FLOCK  ADVISORY  WRITE 14 {device}:{file.st_ino} 0 EOF",
-    ]
-    assert lock_holder(others, file) is None
-    mine = f"4: FLOCK  ADVISORY  WRITE 15 {device}:{file.st_ino} 0 EOF"
-    assert lock_holder([*others, mine], file) == 15
+def test_files_that_wait_longer_than_expected_are_warned_of(spool: Spool, announced_logs: list[str]) -> None:
+    """Those with temporary names an hour later; those that are taken as well."""
+    announced_logs.append("put aside")
+    now_s = max(path.stat().st_ctime for path in spool.root.rglob("*"))
+
+    def look(later_s: float) -> SpoolStatus:
+        return spool_status(str(spool.root), expected_s=EXPECTED_S, now_s=now_s + later_s)
+
+    assert look(50.0).warnings == []
+    late = look(600.0)
+    assert late.overdue == {"expected_seconds": 100.0, "waiting": 2, "claimed": 1}
+    waiting, claimed, nobody = late.warnings
+    assert re.fullmatch(r"2 files have been waiting longer than expected \(100 s\), (photos/a|b) for 10 min", waiting)
+    assert claimed == "1 file has been claimed longer than expected (100 s), taken for 10 min"
+    assert nobody == "no packer is at work"
+    assert look(4000.0).overdue["waiting"] == 3
+    spool.join()
+    try:
+        assert "no packer is at work" not in look(600.0).warnings
+    finally:
+        spool.leave()
+    text = shown([line for line in spool_lines(late) if line.is_bad])
+    assert "oldest file 10 min, 100 s expected at most: " in text
+
+
+def test_the_packers_settings_say_how_long_a_file_may_wait(spool: Spool, tmp_path: Path, announced_logs: Any) -> None:
+    """From the file and the variables that the packer has too; so do the names that are temporary."""
+    announced_logs.append("put aside")
+    (tmp_path / "desfs.toml").write_text("[packer]\nmax_age = 5\nrescan_interval = 2\n")
+    env = {"DESFS_SETTLE": "7", "DESFS_TEMPORARY": "*.new"}
+    found = status(spool.root, "--config", tmp_path / "desfs.toml", "--deadline", "3", env=env)
+    assert found["overdue"]["expected_seconds"] == 12.0
+    assert found["temporary"] == 0
 
 
 # --- a store -----------------------------------------------------------------------------------------------------
@@ -259,6 +319,7 @@ def test_objects_are_counted_by_day_and_kind() -> None:
         ],
         None,
         None,
+        now_s=0.0,
     )
     assert [day.day for day in found.days] == ["2026-11-20", "2026-11-19", "_bigFiles", "archive"]
     newest, older, _, archive = found.days
@@ -350,20 +411,6 @@ def test_a_day_in_a_spool_makes_it_no_store(tmp_path: Path) -> None:
     assert place_of(str(tmp_path), limit_s=LIMIT_S).kind == "spool"
 
 
-def test_a_terminal_gets_tables(tmp_path: Path) -> None:
-    """On a terminal the days are a table of rich's; nothing is cut off or taken for markup."""
-    put_container(tmp_path / "[bold]x.des", {"f": b"x"})
-    put_container(tmp_path / DAY / "0.des", {"f": b"x"})
-    terminal, end = pty.openpty()
-    env = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
-    with subprocess.Popen([PROGRAM, "status", tmp_path], stdin=end, stdout=end, stderr=end, env=env) as program:
-        os.close(end)
-        text = b""
-        with contextlib.suppress(OSError):  # EIO: the program has ended
-            while piece := os.read(terminal, 4096):
-                text += piece
-    os.close(terminal)
-    assert program.returncode == 0
-    assert DAY in text.decode()
-    assert "[bold]x" in text.decode()
-    assert b"\x1b[1m" in text
+def test_seconds_that_are_none_are_a_usage_error(tmp_path: Path) -> None:
+    line, _ = failure(tmp_path, "--watch", "0", status=2)
+    assert line == "desfs: --watch: '0' is no number of seconds, 0.1 and more"

@@ -56,7 +56,7 @@ def has(cache: DiskCache, number: int, at: int = 0) -> bool:
 
 
 def evicted() -> float:
-    return metrics.snapshot()["desfs_disk_cache_evicted_bytes_total"]
+    return metrics.snapshot()["desfs_cache_evicted_bytes_total.disk"]
 
 
 @contextlib.contextmanager
