@@ -98,6 +98,17 @@ class ContainerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DaySummary:
+    """What the catalog has of a day: `containers` by their state, those in no state left out, and `deleted` ones; of
+    the `LIVE` ones the `files` (entries, older versions and tombstones too) and the `size` in bytes."""
+
+    day: date
+    containers: Mapping[ContainerState, int]
+    files: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """A packer at work. `name` is unique; `spool` names the spool that it packs, which several may share; `details` is
     what it says of itself (JSON values: host, waiting files and bytes, age of the oldest). `alive` by the database's
@@ -150,8 +161,9 @@ class Catalog(Protocol):
         """Let others acquire the shard at once. A lease that does not hold any more is left alone."""
         ...
 
-    async def list_holders(self, day: date | None = None) -> list[ShardHolder]:
-        """All shards of a day, or of all days, that were ever leased, ascending by day and shard."""
+    async def list_holders(self, day: date | None = None, *, latest: int | None = None) -> list[ShardHolder]:
+        """All shards of a day, or of all days, that were ever leased, ascending by day and shard; the `latest` so many
+        alone, whose leases end or ended last."""
         ...
 
     # Containers
@@ -216,6 +228,10 @@ class Catalog(Protocol):
 
     async def list_days(self, *, latest: int | None = None) -> list[date]:
         """The days that have rows of containers that are not `deleted`, ascending; the `latest` so many alone."""
+        ...
+
+    async def summarize_days(self, latest: int) -> list[DaySummary]:
+        """The `latest` so many (> 0) of the days that `list_days` has, ascending."""
         ...
 
     async def forget_deleted(self, older_than_s: float) -> int:

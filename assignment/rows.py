@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Collection, Iterable, Iterator
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, and_, case
 
-from assignment.catalog import ContainerRecord, ContainerState, Lease, NodeLease, Worker
+from assignment.catalog import LIVE, ContainerRecord, ContainerState, DaySummary, Lease, NodeLease, Worker
 from assignment.errors import CatalogCorrupt, InvalidRequest
 from assignment.schema import DatabaseNowMs, container, node, shard_lease
 
@@ -135,3 +135,17 @@ def record_of(row: Row[Any]) -> ContainerRecord:
         token=row.token,
         changed_at=instant(row.changed_at_ms),
     )
+
+
+def summaries_of(rows: Iterable[Row[Any]]) -> list[DaySummary]:
+    """Of one row for each day and state, ascending by day."""
+    days: dict[date, dict[ContainerState, Row[Any]]] = {}
+    for row in rows:
+        days.setdefault(row.day, {})[ContainerState(row.state)] = row
+    found = []
+    for day, states in sorted(days.items()):
+        live = [row for state, row in states.items() if state in LIVE]
+        # int(): the sum of a BIGINT is a NUMERIC in Postgres.
+        files, size = sum(int(row.files) for row in live), sum(int(row.size) for row in live)
+        found.append(DaySummary(day, {state: states[state].containers for state in sorted(states)}, files, size))
+    return found

@@ -1,5 +1,6 @@
 """The assignment service over HTTP: names, days and shards for files, and who tends which shard.
 
+    GET  /              the operations page, for people
     POST /v1/assign     a file's or a batch's day, shard and id; or ids alone
     GET  /v1/shards     the shards of a day: who holds the lease, who tends it
     GET  /v1/workers    the packers, the dead ones too
@@ -9,7 +10,7 @@
     GET  /openapi.json  all of this
 
 Any number of replicas share a catalog: each leases a node id, and ids of different nodes differ. All but the two probes
-need a bearer token, where one is configured (`assignment.service_gate`).
+need a bearer token, where one is configured; the page takes it as a password too (`assignment.service_gate`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from assignment.catalog import Catalog
 from assignment.client import MAX_BATCH, Assignment
 from assignment.errors import AssignmentError, InvalidRequest
 from assignment.metrics import REGISTRY
+from assignment.page import DEFAULT_REFRESH_S, HEADERS, MAX_REFRESH_S, OperationsPage
 from assignment.ring import shard_owners
 from assignment.service_auth import Tokens
 from assignment.service_gate import Gate
@@ -99,8 +101,9 @@ def create_app(
 ) -> FastAPI:
     """The service as an application, which opens the catalog when it starts and closes it when it ends.
 
-    `clock_ns` gives Unix time, and decides the day; by `monotonic` the node id's time passes. Raises InvalidRequest for
-    tokens that cannot be read. A catalog that is out of reach is tried again; starting raises what else opening raises.
+    `clock_ns` gives Unix time, and decides the day; by `monotonic` the node id's time passes, and that of what the page
+    keeps. Raises InvalidRequest for tokens that cannot be read. A catalog that is out of reach is tried again; starting
+    raises what else opening raises.
     """
     assigner = Assigner(settings, open_catalog, clock_ns=clock_ns, monotonic=monotonic)
 
@@ -109,13 +112,15 @@ def create_app(
         async with assigner:
             yield
 
-    return build_app(settings, assigner, lifespan)
+    return build_app(settings, assigner, lifespan, monotonic=monotonic)
 
 
 def build_app(
     settings: ServiceSettings,
     assigner: Assigner,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    *,
+    monotonic: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The same over an assigner that the caller enters and leaves. Raises InvalidRequest as `create_app` does."""
     app = FastAPI(title="desfs assignment", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -123,6 +128,8 @@ def build_app(
     _add_errors(app, settings)
     _add_endpoints(app, assigner)
     _add_probes(app, assigner)
+    page = OperationsPage(assigner, settings.holder, limit_s=settings.request_timeout_s, monotonic=monotonic)
+    _add_page(app, page, settings)
     return app
 
 
@@ -181,6 +188,17 @@ def _add_probes(app: FastAPI, assigner: Assigner) -> None:
     @app.get("/metrics", summary="Prometheus metrics")
     async def metrics() -> Response:
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI, page: OperationsPage, settings: ServiceSettings) -> None:
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def operations(
+        day: Annotated[date | None, Query()] = None,
+        refresh: Annotated[int, Query(ge=0, le=MAX_REFRESH_S)] = DEFAULT_REFRESH_S,
+    ) -> Response:
+        status, content = await page.render(day, refresh)
+        waiting = {"Retry-After": str(settings.retry_after_s)} if status == 503 else {}
+        return Response(content, status, HEADERS | waiting, "text/html; charset=utf-8")
 
 
 def _add_errors(app: FastAPI, settings: ServiceSettings) -> None:

@@ -1,7 +1,8 @@
-"""Bearer tokens of the service (RFC 6750)."""
+"""Tokens of the service: bearer tokens (RFC 6750), and where people look the passwords of HTTP Basic (RFC 7617)."""
 
 from __future__ import annotations
 
+import base64
 import hmac
 import os
 from pathlib import Path
@@ -35,12 +36,15 @@ class Tokens:
             if not self._from_file:
                 raise InvalidRequest(f"token file {file}: has no token")
 
-    def accepts(self, authorization: bytes | None) -> bool:
-        """Whether a request with this Authorization header is let in; None: it has none, or several."""
+    def accepts(self, authorization: bytes | None, *, as_password: bool = False) -> bool:
+        """Whether a request with this Authorization header is let in; None: it has none, or several. `as_password`: the
+        token may also be the password of HTTP Basic, whose user may be any."""
         if not self.are_wanted:
             return True
         scheme, _, token = (authorization or b"").strip().partition(b" ")
-        if scheme.lower() != b"bearer":
+        if as_password and scheme.lower() == b"basic":
+            token = _password(token)
+        elif scheme.lower() != b"bearer":
             return False
         if self._file is not None:
             self._refresh(self._file)
@@ -69,3 +73,11 @@ class Tokens:
 
 def _parse(text: str) -> tuple[bytes, ...]:
     return tuple(each.encode("utf-8", "surrogateescape") for each in text.split())
+
+
+def _password(credentials: bytes) -> bytes:
+    """The password of HTTP Basic credentials; empty, which no token is, when they are none."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+    except ValueError:
+        return b""

@@ -23,7 +23,8 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 PROBES = frozenset({"/healthz", "/readyz"})
 METRICS = "/metrics"
-PATHS = frozenset({*PROBES, METRICS, "/v1/assign", "/v1/shards", "/v1/workers", "/openapi.json"})
+PAGE = "/"
+PATHS = frozenset({*PROBES, METRICS, PAGE, "/v1/assign", "/v1/shards", "/v1/workers", "/openapi.json"})
 
 # How long a client whose body is too large may go on sending it, so that it comes to read why: a connection that is
 # closed while it sends is reset, and the answer lost.
@@ -59,14 +60,17 @@ class Gate:
     async def _pass(self, scope: Message, receive: Receive, answer: _Answer) -> None:
         path = scope["path"]
         is_free = path in PROBES or (path == METRICS and not self._settings.metrics_need_token)
-        if not is_free and not self._tokens.accepts(_only(scope, b"authorization")):
+        # A browser sends a password again by itself, for other sites' pages too: it is good for looking alone.
+        is_page = path == PAGE
+        if not is_free and not self._tokens.accepts(_only(scope, b"authorization"), as_password=is_page):
             has_one = _only(scope, b"authorization") is not None
-            challenge = b'Bearer realm="desfs", error="invalid_token"' if has_one else b'Bearer realm="desfs"'
-            await answer.refuse(
-                401, "a valid bearer token is needed", (b"www-authenticate", challenge), *_parting(scope)
-            )
+            challenges = [b'Bearer realm="desfs", error="invalid_token"' if has_one else b'Bearer realm="desfs"']
+            if is_page:
+                challenges.insert(0, b'Basic realm="desfs", charset="UTF-8"')
+            headers = [(b"www-authenticate", challenge) for challenge in challenges]
+            await answer.refuse(401, "a valid bearer token is needed", *headers, *_parting(scope))
             return
-        if path in PROBES or path == METRICS:  # however busy the service is: that is what they are to show
+        if path in PROBES or path in (METRICS, PAGE):  # however busy the service is: that is what they are to show
             await self._app(scope, receive, answer)
             return
         if self._running >= self._settings.max_requests:

@@ -21,6 +21,7 @@ from sqlalchemy import (
     ColumnElement,
     delete,
     exists,
+    func,
     literal,
     or_,
     select,
@@ -28,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from assignment.catalog import LIVE, ContainerRecord, ContainerState, Lease, ShardHolder
+from assignment.catalog import LIVE, ContainerRecord, ContainerState, DaySummary, Lease, ShardHolder
 from assignment.errors import (
     AssignmentError,
     ContainerExists,
@@ -49,6 +50,7 @@ from assignment.rows import (
     no_longer,
     of_shard,
     record_of,
+    summaries_of,
     unlocked,
 )
 from assignment.schema import DatabaseNowMs, bound_store, container, shard_lease
@@ -116,12 +118,14 @@ class SqlCatalog(SqlIds):
             await connection.execute(update(shard_lease).where(holds(lease)).values(expires_at_ms=DatabaseNowMs()))
 
     @to_the_end
-    async def list_holders(self, day: date | None = None) -> list[ShardHolder]:
+    async def list_holders(self, day: date | None = None, *, latest: int | None = None) -> list[ShardHolder]:
         columns = shard_lease.c
         holds = (columns.expires_at_ms > DatabaseNowMs()).label("holds")
         statement = select(columns.day, columns.shard, columns.holder, columns.token, columns.expires_at_ms, holds)
         if day is not None:
             statement = statement.where(columns.day == day)
+        if latest is not None:
+            statement = statement.order_by(columns.expires_at_ms.desc()).limit(latest)
         async with self.reading() as connection:
             rows = (await connection.execute(statement)).all()
         holders = [
@@ -332,6 +336,36 @@ class SqlCatalog(SqlIds):
                     break
                 days.append(day)
             return days[::-1]
+
+    @to_the_end
+    async def summarize_days(self, latest: int) -> list[DaySummary]:
+        columns, older = container.c, container.alias("older").c
+        # One step down the index for each day, as in `list_days`, but in one statement; after the oldest comes NULL. Of
+        # 800,000 rows of 1,000 days it reads those of the latest 30: seen with SQLite 3.40 and Postgres 15, whose
+        # planner has to have looked at the table once (autovacuum), and takes it for small before.
+        newest = select(func.max(columns.day).label("day"), literal(1).label("number")).where(
+            columns.state != ContainerState.DELETED
+        )
+        days = newest.cte("days", recursive=True)
+        before = select(func.max(older.day)).where(older.day < days.c.day, older.state != ContainerState.DELETED)
+        days = days.union_all(
+            select(before.scalar_subquery(), days.c.number + 1).where(days.c.number < latest, days.c.day.is_not(None))
+        )
+        statement = (
+            select(
+                columns.day,
+                columns.state,
+                func.count().label("containers"),
+                func.sum(columns.files).label("files"),
+                func.sum(columns.size).label("size"),
+            )
+            .join(days, days.c.day == columns.day)
+            .where(columns.state != ContainerState.DELETED)
+            .group_by(columns.day, columns.state)
+        )
+        async with self.reading() as connection:
+            rows = (await connection.execute(statement)).all()
+        return summaries_of(rows)
 
     @to_the_end
     async def forget_deleted(self, older_than_s: float) -> int:

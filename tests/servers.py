@@ -148,10 +148,10 @@ class S3Server:
             if error.response["Error"]["Code"] != "NoSuchBucket":
                 raise
 
-    def environ(self, *, endpoint_url: str | None = None) -> dict[str, str]:
+    def environ(self, *, endpoint_url: str | None = None, access_key: str | None = None) -> dict[str, str]:
         """The variables that make another process use this server, and nothing of the user's own AWS settings."""
         return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_ACCESS_KEY_ID": access_key or self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_DEFAULT_REGION": REGION,
             "AWS_REGION": REGION,
@@ -191,27 +191,48 @@ def _s3_client(endpoint_url: str, access_key: str, secret_key: str) -> S3Client:
 
 
 @contextlib.contextmanager
-def s3_server(tmp_dir: Path, *, access_key: str = "test", secret_key: str = "testsecret") -> Iterator[S3Server]:
+def s3_server(
+    tmp_dir: Path,
+    *,
+    access_key: str = "test",
+    secret_key: str = "testsecret",
+    policies: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[S3Server]:
     """Run SeaweedFS, with its data below `tmp_dir`, on loopback; it is ready when this yields.
 
-    It knows no identity but the one given, and does not make buckets that a PUT names. Its data is gone at the end.
-    Raises ServerError with the server's log when it does not start.
+    It knows the identity given, which may do everything, and one for each of `policies`: the name is its access key,
+    with the same secret key, and it may do what the policy says in AWS's form. It does not make buckets that a PUT
+    names. Its data is gone at the end. Raises ServerError with the server's log when it does not start.
     """
     folder = Path(tempfile.mkdtemp(prefix="s3-", dir=tmp_dir))
     try:
         with contextlib.ExitStack() as stack:
-            yield _start_s3(stack, folder, access_key, secret_key)
+            yield _start_s3(stack, folder, access_key, secret_key, policies or {})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_s3(stack: contextlib.ExitStack, folder: Path, access_key: str, secret_key: str) -> S3Server:
-    identity = {
+def _start_s3(
+    stack: contextlib.ExitStack,
+    folder: Path,
+    access_key: str,
+    secret_key: str,
+    policies: Mapping[str, Mapping[str, Any]],
+) -> S3Server:
+    administrator = {
         "name": "tests",
         "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
-    (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
+    restricted = [
+        {"name": name, "credentials": [{"accessKey": name, "secretKey": secret_key}], "policyNames": [name]}
+        for name in policies
+    ]
+    known = {
+        "identities": [administrator, *restricted],
+        "policies": [{"name": name, "content": json.dumps(policy)} for name, policy in policies.items()],
+    }
+    (folder / "identities.json").write_text(json.dumps(known))
     log = folder / "log"
     for _ in range(START_TRIES):
         chosen = free_ports(8)

@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime, timedelta
 
 import pytest
 
-from assignment.catalog import LIVE, Catalog, ContainerRecord, ContainerState, Lease, ShardHolder
+from assignment.catalog import LIVE, Catalog, ContainerRecord, ContainerState, DaySummary, Lease, ShardHolder
 from assignment.errors import (
     CatalogUnavailable,
     ContainerExists,
@@ -208,6 +208,8 @@ class CatalogContract(CatalogScenarios):
             ]
             assert await catalog.list_holders() == rows
             assert await catalog.list_holders(DAY) == rows[:2]
+            assert await catalog.list_holders(DAY, latest=1) == rows[1:2]
+            assert await catalog.list_holders(latest=9) == rows
 
         run(scenario)
 
@@ -653,6 +655,49 @@ class CatalogContract(CatalogScenarios):
             assert await catalog.list_days() == [DAY, NEXT_DAY]
             await catalog.delete_containers(lease, [part.object_key])
             assert await catalog.list_days() == [DAY]
+
+        run(scenario)
+
+    def test_days_are_summed_up_by_state(self, run: Run) -> None:
+        """Files and bytes are those of the content; the latest days alone, whatever is older."""
+
+        async def scenario(catalog: Catalog) -> None:
+            assert await catalog.summarize_days(5) == []
+            lease = await acquired(catalog)
+            large = replace(record(6), size=2**61, files=2**40)
+            rows = [replace(record(n), state=state) for n, state in enumerate(ContainerState, start=1)]
+            await catalog.adopt_containers(lease, [*rows, large, replace(record(7), size=2**61)])
+            other = await acquired(catalog, shard="40")
+            await catalog.adopt_containers(other, [record(1, shard="40")])
+            wanted = [
+                DaySummary(
+                    DAY,
+                    {
+                        ContainerState.UPLOADING: 1,
+                        ContainerState.COMMITTED: 4,
+                        ContainerState.SEALED: 1,
+                        ContainerState.SUPERSEDED: 1,
+                    },
+                    files=2**40 + 40,
+                    size=2 * 2**61 + 1002 + 1003 + 1001,
+                )
+            ]
+            assert await catalog.summarize_days(5) == wanted
+            for days, state in (
+                (-3, ContainerState.SEALED),
+                (-2, ContainerState.DELETED),
+                (4, ContainerState.UPLOADING),
+            ):
+                day = DAY + timedelta(days=days)
+                lease_then = await catalog.acquire(day, "00", "a", HOUR_S)
+                assert lease_then is not None
+                await catalog.adopt_containers(lease_then, [replace(record(1, shard="00", day=day), state=state)])
+            oldest = DaySummary(DAY - timedelta(days=3), {ContainerState.SEALED: 1}, 10, 1001)
+            newest = DaySummary(DAY + timedelta(days=4), {ContainerState.UPLOADING: 1}, 0, 0)
+            every = [oldest, *wanted, newest]
+            for latest in (1, 2, 3, 4, 100):
+                assert await catalog.summarize_days(latest) == every[-latest:]
+                assert await catalog.list_days(latest=latest) == [each.day for each in every[-latest:]]
 
         run(scenario)
 
