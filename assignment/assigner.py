@@ -13,6 +13,7 @@ from typing import Self
 import stamina
 import structlog
 
+from assignment import metrics
 from assignment.catalog import Catalog, NodeLease
 from assignment.client import Assignment
 from assignment.errors import AssignmentError, CatalogUnavailable
@@ -26,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 _OPEN_WAIT_S = 5.0  # between two tries to open the catalog, at most
 _PROBE_S = 5.0
+_LEASES_S = 15.0  # between two looks at how many shards are leased, for the metrics
 _FRESH_S = 1.0  # an answer of the catalog that is no older does for a probe: probes need no token
 
 
@@ -55,6 +57,7 @@ class Assigner:
         self._answered_at: float | None = None
         self._probing: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._counting: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
 
     @property
@@ -71,11 +74,13 @@ class Assigner:
     async def assign(self, paths: Sequence[str]) -> Callable[[], list[Assignment]]:
         """What builds one assignment per path, in order, in any thread: the ids are reserved, the rest takes time."""
         block = await self._group.reserve(len(paths))
+        metrics.ASSIGNMENTS.labels("path").inc(len(paths))
         return lambda: list(self._place(paths, block))
 
     async def ids(self, count: int, prefix: str | None) -> tuple[date, Iterator[str]]:
         """So many ids, with the service's own prefix or another one, and their day."""
         block = await self._group.reserve(count)
+        metrics.ASSIGNMENTS.labels("id").inc(count)
         return block.day, block.names(prefix or self._settings.prefix)
 
     async def check_ready(self) -> None:
@@ -101,7 +106,7 @@ class Assigner:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in (self._opening, self._probing):
+        for task in (self._opening, self._probing, self._counting):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -114,6 +119,17 @@ class Assigner:
         self._catalog = catalog
         keeper = NodeIdKeeper(catalog, self._settings.holder, self._settings.node_ttl_s, clock=self._monotonic)
         self._keeper = await self._stack.enter_async_context(keeper)
+        self._counting = asyncio.create_task(self._count_leases(catalog))
+
+    async def _count_leases(self, catalog: Catalog) -> None:
+        while True:
+            try:
+                holders = await catalog.list_holders(self.today())
+            except AssignmentError as error:
+                log.info("the leases were not counted", error=str(error))
+            else:
+                metrics.SHARD_LEASES.set(sum(each.holds for each in holders))
+            await asyncio.sleep(_LEASES_S)
 
     async def _begin_later(self) -> None:
         try:

@@ -30,7 +30,7 @@ from assignment.errors import (
 )
 from assignment.schema import MIGRATE_COMMAND, SCHEMA_VERSION, revision_name, revision_table
 from assignment.sql import SqlCatalog
-from assignment.sql_connection import to_the_end
+from assignment.sql_connection import count_connections, to_the_end
 
 SCHEMES = ("postgresql", "postgresql+asyncpg")
 
@@ -91,6 +91,7 @@ class PostgresCatalog(SqlCatalog):
             pool_timeout=self._command_timeout_s,
             pool_pre_ping=True,  # a server that was restarted is found out before a transaction is lost to it
         )
+        count_connections(engine)
         try:
             with self.translated():
                 async with engine.connect() as connection:

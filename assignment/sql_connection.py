@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Self, T
 from sqlalchemy import (
     Select,
     Table,
+    event,
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from assignment import metrics
 from assignment.errors import (
     AssignmentError,
     CatalogUnavailable,
@@ -48,6 +50,18 @@ def to_the_end(
         return await asyncio.shield(task)
 
     return call
+
+
+def count_connections(engine: AsyncEngine) -> None:
+    """Have the metrics tell how many connections of an engine there are, and how many are at work."""
+    for name, state, change in (
+        ("connect", "open", 1),
+        ("close", "open", -1),
+        ("checkout", "used", 1),
+        ("checkin", "used", -1),
+    ):
+        gauge = metrics.CATALOG_CONNECTIONS.labels(state)
+        event.listen(engine.sync_engine, name, lambda *_, gauge=gauge, change=change: gauge.inc(change))
 
 
 class SqlConnection(ABC):

@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from assignment.errors import AssignmentError, CatalogCorrupt, CatalogTooNew, CatalogUnavailable
 from assignment.schema import SCHEMA_VERSION, metadata, revision_name, revision_table
 from assignment.sql import SqlCatalog
-from assignment.sql_connection import to_the_end
+from assignment.sql_connection import count_connections, to_the_end
 
 APPLICATION_ID = 0x44455343  # "DESC" in the file's header: this is a catalog, and no other SQLite file
 
@@ -76,6 +76,7 @@ class SqliteCatalog(SqlCatalog):
             hide_parameters=True,  # in messages
         )
         _listen(self._engine.sync_engine)
+        count_connections(self._engine)
 
     # With the plain driver: aiosqlite's thread dies with a traceback when connecting fails and the loop ends.
 
