@@ -15,7 +15,7 @@ SOURCES := setup.cfg pyproject.toml setup.py README.md LICENSE des_format desfs 
 BENCH_PACKAGES := $(TEST_PACKAGES) rclone s3fs
 
 # Files of tests that run side by side, in their order: the many short ones come last, and leave no core idle.
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 
 # What `make bench` runs (all but the soak; e.g. BENCH='mount --quick'), and where its tables and its plot go.
 BENCH ?=
