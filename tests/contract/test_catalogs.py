@@ -22,16 +22,17 @@ from assignment.sqlite import SqliteCatalog
 from des_format.assigned_names import parse_name
 from des_format.shards import placement_shard, shard_hex
 from tests.contract.catalog_contract import DAY, HOUR_S, CatalogContract, acquired, committed, record
+from tests.contract.containers_contract import ContainersContract
 from tests.contract.ids_contract import IdsContract, leased
 
 
-class TestSqliteCatalog(CatalogContract, IdsContract):
+class TestSqliteCatalog(CatalogContract, ContainersContract, IdsContract):
     @pytest.fixture
     def url(self, tmp_path: Path) -> str:
         return str(tmp_path / "catalog.sqlite")
 
 
-class TestPostgresCatalog(CatalogContract, IdsContract):
+class TestPostgresCatalog(CatalogContract, ContainersContract, IdsContract):
     @pytest.fixture
     def url(self, postgres: str) -> str:
         return postgres
