@@ -24,7 +24,8 @@ from desfs.errors import DesfsError
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # Registries of our own: what else a process has imported does not show up in its statistics. A daemon shows what all
-# have, and its own.
+# have, and its own; `snapshot` leaves out what is not ours to count.
+PROCESS = CollectorRegistry()
 STORE = CollectorRegistry()
 MOUNT = CollectorRegistry()
 PACKER = CollectorRegistry()
@@ -44,8 +45,8 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0
 
 # --- every daemon ----------------------------------------------------------------------------------------------------
 
+ProcessCollector(registry=PROCESS)
 BUILD = Info("desfs_build", "What runs: versions, and whether the mount's C extension is in force", registry=STORE)
-ProcessCollector(registry=STORE)
 STORE_REQUESTS = Counter(
     "desfs_store_requests_total",
     "Requests to the object store, each try counted; status is HTTP's, or the error's name without one",

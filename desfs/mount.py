@@ -92,7 +92,7 @@ async def _serve(
     store.deadline_s = settings.deadline
     operations = Operations(fs, settings)
     if settings.metrics is not None:
-        metrics.serve(settings.metrics, metrics.STORE, metrics.MOUNT)
+        metrics.serve(settings.metrics, metrics.PROCESS, metrics.STORE, metrics.MOUNT)
     # Before there is a mount that would be left behind dead. What comes again while it ends says nothing new: at its
     # end the receiver hands back what it has not given.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

@@ -29,7 +29,7 @@ def page() -> str:
     return "\n".join(
         [
             _HEAD,
-            _table("Mount and packer", metrics.STORE),
+            _table("Mount and packer", metrics.PROCESS, metrics.STORE),
             _table("Mount", metrics.MOUNT),
             _table("Packer", metrics.PACKER),
             _table("Assignment service", service.REGISTRY),
@@ -37,9 +37,10 @@ def page() -> str:
     )
 
 
-def _table(title: str, registry: CollectorRegistry) -> str:
+def _table(title: str, *registries: CollectorRegistry) -> str:
     rows = ["| metric | type | labels | what |", "|---|---|---|---|"]
-    for family in sorted(registry.collect(), key=lambda family: family.name):
+    families = [(family, registry) for registry in registries for family in registry.collect()]
+    for family, registry in sorted(families, key=lambda each: each[0].name):
         name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
         labels = ", ".join(f"`{label}`" for label in _labels(registry, family.name))
         rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation.rstrip('.')} |")

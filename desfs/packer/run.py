@@ -93,7 +93,7 @@ async def _run(
             )
             _stop_at_signals(packer)
             if settings.metrics is not None:
-                metrics.serve(settings.metrics, metrics.STORE, metrics.PACKER)
+                metrics.serve(settings.metrics, metrics.PROCESS, metrics.STORE, metrics.PACKER)
                 await stack.enter_async_context(watched_loop())
             if once:
                 return await packer.run_once()

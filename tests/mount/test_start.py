@@ -226,14 +226,14 @@ def test_a_log_file_that_cannot_be_written_fails_the_mount(store: Path, mount_di
 
 @pytest.mark.timeout(600)
 def test_the_root_answers_when_the_command_returns(s3: S3Server, bucket: str, store: Path, tmp_path: Path) -> None:
-    """`desfs mount` returns only when the root answers: a hundred times, with a store that is slow to answer."""
+    """`desfs mount` returns only when the root answers: forty times, with a store that is slow to answer."""
     upload(s3, bucket, store)
     with CountingProxy(s3.host, s3.port, delay_s=0.1) as proxy:
         env = s3.environ(endpoint_url=proxy.url)
 
         def mount_many(number: int) -> None:
             with servers.mount_point(tmp_path / str(number)) as point:
-                for _ in range(25):
+                for _ in range(10):
                     mount(f"s3://{bucket}", point.path, env=env)
                     assert os.stat(point.path).st_dev != os.stat(tmp_path).st_dev
                     assert os.listdir(point.path) == [DAY]

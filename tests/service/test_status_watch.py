@@ -28,6 +28,11 @@ from tests.servers import MountPoint
 DAY = "2026-11-20"
 
 
+def heed_interrupts() -> None:
+    """A shell has what it runs in the background ignore SIGINT, and all that is started from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """The program on a terminal of some size, and all that it has written there."""
 
@@ -41,6 +46,7 @@ class Terminal:
             stdout=end,
             stderr=end,
             env=inherited | {"TERM": "xterm"} | env,
+            preexec_fn=heed_interrupts,
         )
         os.close(end)
         self.written = b""
@@ -90,7 +96,9 @@ def terminal(*arguments: object, **more: Any) -> Iterator[Terminal]:
 def watch(*arguments: object, **more: Any) -> subprocess.Popen[str]:
     """The program with its output in a pipe."""
     command: Sequence[str] = [str(PROGRAM), "status", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts, **more
+    )
 
 
 def next_record(process: subprocess.Popen[str]) -> dict[str, Any]:
