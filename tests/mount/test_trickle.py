@@ -33,7 +33,8 @@ from tests.unit.containers import Item, build
 
 pytestmark = pytest.mark.fuse
 
-# A day of 2,000 parts, one every two seconds, on each shard was run as well (docs/performance.md); this is a part of it.
+# A part of a day: 2,000 parts, one every two seconds, on each of four shards take three times as long
+# (docs/performance.md).
 PARTS = {"0": 1_000, "5": 100, "a": 100, "f": 100}
 # Fewer than 15 parts of a shard come in this time: each is three transactions that reach the disk.
 GRACE_S = 0.1

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ from tests.servers import MountPoint
 DAY = "2026-11-20"
 
 
-def heed_interrupts() -> None:
-    """A shell has what it runs in the background ignore SIGINT, and all that is started from there."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A shell has what it runs in the background ignore SIGINT, and all that is started from there.
+STATUS = ("env", "--default-signal=INT", str(PROGRAM), "status")
 
 
 class Terminal:
@@ -41,12 +40,11 @@ class Terminal:
         fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         self.process = subprocess.Popen(
-            [PROGRAM, "status", *map(str, arguments)],
+            [*STATUS, *map(str, arguments)],
             stdin=end,
             stdout=end,
             stderr=end,
             env=inherited | {"TERM": "xterm"} | env,
-            preexec_fn=heed_interrupts,
         )
         os.close(end)
         self.written = b""
@@ -95,10 +93,8 @@ def terminal(*arguments: object, **more: Any) -> Iterator[Terminal]:
 
 def watch(*arguments: object, **more: Any) -> subprocess.Popen[str]:
     """The program with its output in a pipe."""
-    command: Sequence[str] = [str(PROGRAM), "status", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts, **more
-    )
+    command = [*STATUS, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
 def next_record(process: subprocess.Popen[str]) -> dict[str, Any]:
