@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -127,6 +128,7 @@ class Assigner:
                 holders = await catalog.list_holders(self.today())
             except AssignmentError as error:
                 log.info("the leases were not counted", error=str(error))
+                metrics.SHARD_LEASES.set(math.nan)
             else:
                 metrics.SHARD_LEASES.set(sum(each.holds for each in holders))
             await asyncio.sleep(_LEASES_S)

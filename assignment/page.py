@@ -82,6 +82,7 @@ class OperationsPage:
         self._holder = printable(holder)
         self._common = _Shared(self._read_common, monotonic)
         self._holders = _Shared(self._read_holders, monotonic)
+        self._one_at_a_time = asyncio.Semaphore(1)
         self._template = _environment().get_template("operations.html")
 
     async def render(self, day: date | None, refresh_s: int) -> tuple[int, str]:
@@ -137,7 +138,7 @@ class OperationsPage:
         return _Common(now, days, workers, owners)
 
     async def _read_holders(self, day: date) -> list[ShardHolder]:
-        async with _in_time(self._limit_s):
+        async with _in_time(self._limit_s), self._one_at_a_time:
             return await self._assigner.catalog.list_holders(day, latest=MAX_SHARDS)
 
 

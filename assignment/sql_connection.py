@@ -18,6 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from assignment import metrics
 from assignment.errors import (
@@ -54,14 +55,27 @@ def to_the_end(
 
 def count_connections(engine: AsyncEngine) -> None:
     """Have the metrics tell how many connections of an engine there are, and how many are at work."""
-    for name, state, change in (
-        ("connect", "open", 1),
-        ("close", "open", -1),
-        ("checkout", "used", 1),
-        ("checkin", "used", -1),
-    ):
-        gauge = metrics.CATALOG_CONNECTIONS.labels(state)
-        event.listen(engine.sync_engine, name, lambda *_, gauge=gauge, change=change: gauge.inc(change))
+    at_work: set[ConnectionPoolEntry] = set()
+    opened, used = (metrics.CATALOG_CONNECTIONS.labels(state) for state in ("open", "used"))
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def connected(*_: object) -> None:
+        opened.inc()
+
+    @event.listens_for(engine.sync_engine, "close")
+    def closed(*_: object) -> None:
+        opened.dec()
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def checked_out(_: object, record: ConnectionPoolEntry, *__: object) -> None:
+        at_work.add(record)
+        used.set(len(at_work))
+
+    @event.listens_for(engine.sync_engine, "checkin")
+    def checked_in(_: object, record: ConnectionPoolEntry) -> None:
+        # It comes also for one that could not be connected, and was never checked out.
+        at_work.discard(record)
+        used.set(len(at_work))
 
 
 class SqlConnection(ABC):

@@ -278,9 +278,9 @@ static PyObject *queue_pages(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* counts: stored, unknown, refused, the last errno, the bytes of what was stored. A row whose byte has a bit of `skip` is left out; the others get `mark`,
- * and 0 if the kernel does not take them. It is told of a listing's inodes just before, and given `patience_us` in all to
- * make them. */
+/* counts: stored, unknown, refused, the last errno, the bytes of what was stored. A row whose byte has a bit of `skip` is
+ * left out; the others get `mark`, and 0 if the kernel does not take them. It is told of a listing's inodes just before, and
+ * given `patience_us` in all to make them. */
 static void store(const struct push *push, unsigned skip, unsigned mark, long patience_us, uint64_t counts[5])
 {
     const uint64_t(*file)[4] = push->files.buf;

@@ -35,12 +35,21 @@ def abort(device: str, place: str) -> None:
     except OSError as error:
         # --force aborts as well, and needs no fusectl, but root.
         command = ["umount", "--no-canonicalize", "--force", "--lazy", "--", place]
+        failure = _run(command)
+        if failure is not None:
+            reason = f"{error.strerror}: {error.filename}; {failure}"
+            raise DesfsError(f"{place}: the connection of a dead daemon cannot be aborted: {reason}") from error
+
+
+def _run(command: list[str]) -> str | None:
+    """Why it failed, or None."""
+    try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
         )
-        if done.returncode != 0:
-            reason = f"{error.strerror}: {error.filename}; {done.stderr.strip()}"
-            raise DesfsError(f"{place}: the connection of a dead daemon cannot be aborted: {reason}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else done.stderr.strip() or f"{command[0]} ended with {done.returncode}"
 
 
 def _number(device: str) -> str:

@@ -413,6 +413,7 @@ def _bring_blocks(
                     if block is not None:
                         whole[low - start : high - start] = block
                 for low, high in plan_gets(missing, max_gap=0, max_request=PIECE):
+                    whole[low - start : high - start] = store.get_range(info.key, low, high, if_match=info.etag).data
                     metrics.FILES_PER_GET.observe(
                         sum(
                             len(blocks.rows(place, place + 1))
@@ -420,7 +421,6 @@ def _bring_blocks(
                             if low <= at < high
                         )
                     )
-                    whole[low - start : high - start] = store.get_range(info.key, low, high, if_match=info.etag).data
                 data = memoryview(whole).toreadonly()
         else:
             missing = []

@@ -168,7 +168,8 @@ class FileSystem:
 
     @staticmethod
     def _leave_kernel(kernel: KernelCache, pusher: Pusher) -> None:
-        if not (pusher.stop(_LEAVE_S) and kernel.close(_LEAVE_S)):
+        pushed, told = pusher.stop(_LEAVE_S), kernel.close(_LEAVE_S)
+        if not (pushed and told):
             log.error("the kernel still waits for the answer to a request: this process may not be able to end")
 
     def reconfigure(self, settings: MountSettings) -> list[str]:
@@ -279,11 +280,11 @@ class FileSystem:
             raise IsADirectory(f"inode {inode:#x} is a directory")
 
         async def read(container: OpenContainer, row: int) -> bytes | memoryview:
-            answer = await self.prefetcher.read(self._shape_of(container), container, row, offset, size)
-            _READ_BYTES.inc(len(answer))
-            return answer
+            return await self.prefetcher.read(self._shape_of(container), container, row, offset, size)
 
-        return await self._moves.current(self._file(inode), read)
+        answer = await self._moves.current(self._file(inode), read)
+        _READ_BYTES.inc(len(answer))
+        return answer
 
     def _shape_of(self, container: OpenContainer) -> DayShape:
         day = self.views.day_of(container)

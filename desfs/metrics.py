@@ -166,7 +166,7 @@ SPOOL_FILES = Gauge("desfs_spool_files", "Files that are not durable yet: waitin
 SPOOL_BYTES = Gauge("desfs_spool_bytes", "Bytes of the files that are not durable yet", registry=PACKER)
 SPOOL_OLDEST = Gauge(
     "desfs_spool_oldest_file_seconds",
-    "How long ago the oldest file that is not durable yet was touched last, 0 without any: the promise to keep",
+    "Age of the oldest file that is not durable yet, 0 without any: since it was touched last, once claimed since then",
     registry=PACKER,
 )
 PACKED_FILES = Counter("desfs_packed_files_total", "Spool files that are durable and committed", registry=PACKER)

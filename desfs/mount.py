@@ -189,6 +189,8 @@ class _Daemon:
     async def _end(self, why: str) -> None:
         """Unmount, and end the main loop. New requests are refused, those under way have some time."""
         log.info("unmounting", mountpoint=self._mountpoint, signal=why)
+        # An unmount, too, may wait for the answer to a request: that of a store which is silent takes minutes.
+        self._give_up_in(2 * _UNMOUNT_S + _END_S)
         self._notifier.stopping("unmounting")
         if self.is_still_mounted():
             try:
@@ -200,8 +202,11 @@ class _Daemon:
                 except DesfsError as error:
                     log.error("not unmounted: libfuse tries once more at the end", reason=str(error))
         self._operations.refuse()
-        self._requests.deadline = trio.current_time() + _END_S
+        self._give_up_in(_END_S)
         self._fs.requests.when_idle(self._requests.cancel)
+
+    def _give_up_in(self, seconds: float) -> None:
+        self._requests.deadline = min(self._requests.deadline, trio.current_time() + seconds)
 
     def _unmount(self, lazy: bool) -> None:
         place = self._place()

@@ -68,14 +68,13 @@ def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Cal
             except pyfuse3.FUSEError as error:
                 _count(operation, error.errno)
                 raise
-            except trio.Cancelled:
+            except (Exception, trio.Cancelled, BaseExceptionGroup) as error:
                 # The next wait of pyfuse3's loop is cancelled again. See Operations.refuse for why it has to be told.
-                _count(operation, errno.ENOTCONN)
-                raise pyfuse3.FUSEError(errno.ENOTCONN) from None
-            except Exception:
-                log.exception("unexpected error", operation=operation)
-                _count(operation, errno.EIO)
-                raise pyfuse3.FUSEError(errno.EIO) from None
+                code = errno.ENOTCONN if _is_cancellation(error) else errno.EIO
+                if code == errno.EIO:
+                    log.exception("unexpected error", operation=operation)
+                _count(operation, code)
+                raise pyfuse3.FUSEError(code) from None
             finally:
                 seconds.observe(requests.end(number))
             done.inc()
@@ -84,6 +83,13 @@ def reply(operation: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Cal
         return handled
 
     return wrap
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    """Whether it is nothing else: of a nursery, which a handler may have, it comes as a group."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)[1] is None
+    return isinstance(error, trio.Cancelled)
 
 
 def _count(operation: str, code: int) -> None:

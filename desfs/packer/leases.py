@@ -28,6 +28,7 @@ class Leases:
         self._holder = holder
         self._ttl_s = ttl_s
         self._leases: dict[tuple[date, str], Lease] = {}
+        self._lost: set[tuple[date, str]] = set()  # whose commits will be refused
         self._renewer: asyncio.Task[None] | None = None
 
     async def of(self, day: date, shard: str) -> Lease:
@@ -44,6 +45,7 @@ class Leases:
     async def done_with(self, day: date, shard: str) -> bool:
         """Let others have a shard; False when the catalog did not answer, and the lease has to pass."""
         lease = self._leases.pop((day, shard), None)
+        self._lost.discard((day, shard))
         if lease is not None:
             try:
                 await self._catalog.release(lease)
@@ -69,6 +71,8 @@ class Leases:
         while True:
             await asyncio.sleep(self._ttl_s / _RENEWALS_PER_TTL)
             for place, lease in list(self._leases.items()):
+                if place in self._lost:
+                    continue
                 try:
                     renewed = await self._catalog.renew(lease, self._ttl_s)
                 except AssignmentError as error:
@@ -79,5 +83,6 @@ class Leases:
                 if renewed is None:
                     log.warning("a lease was lost", shard=lease.shard)
                     metrics.LEASES.labels("lost").inc()
+                    self._lost.add(place)
                 else:
                     self._leases[place] = renewed

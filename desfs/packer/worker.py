@@ -106,9 +106,8 @@ class Packer:
         self._tended_at = self._days_at = -math.inf
         self._stop = asyncio.Event()
         self._waker = Waker(spool.root)
-        self._oldest_s: float | None = None  # age of the oldest file that waits, and how much waits with it
-        self._waiting = (0, 0)
-        self._noted_at = time.monotonic()
+        self._oldest: tuple[float, float] | None = None  # age of the oldest file that waits, and when that was known
+        self._waiting = (0, 0)  # files and bytes
         metrics.SPOOL_OLDEST.set_function(self._oldest_now)
 
     def stop(self) -> None:
@@ -161,13 +160,14 @@ class Packer:
         delay_s, busy_s, is_started, has_failed = interval_s, _BUSY_S, False, False
         while not self._stop.is_set():
             try:
+                # First of all: what waits is known also while catalog and store are away.
+                found = await asyncio.to_thread(self._scan)
+                await asyncio.to_thread(self._note_waiting, found)
                 if not is_started or has_failed:
                     await self._membership.beat()
                 if not is_started:
                     await asyncio.to_thread(self._start)
                     is_started = True
-                found = await asyncio.to_thread(self._scan)
-                await asyncio.to_thread(self._note_waiting, found)
                 is_whole = await self._recover()
                 if self._is_due(found):
                     before = self.summary.files, self.summary.containers
@@ -214,15 +214,16 @@ class Packer:
     def _note_waiting(self, found: list[Found]) -> None:
         """What waits: in the spool, and in batches of ours that could not be finished yet."""
         waiting = [(each.age_s, each.size) for each in found] + self._spool.claimed_files(self._membership.is_ours)
-        self._oldest_s = max((age_s for age_s, _ in waiting), default=None)
+        oldest_s = max((age_s for age_s, _ in waiting), default=None)
+        self._oldest = None if oldest_s is None else (oldest_s, time.monotonic())
         self._waiting = len(waiting), sum(size for _, size in waiting)
-        self._noted_at = time.monotonic()
         metrics.SPOOL_FILES.set(self._waiting[0])
         metrics.SPOOL_BYTES.set(self._waiting[1])
 
     def _oldest_now(self) -> float:
-        """Age of the oldest file that waits: it goes on while we are busy, or wait for the store."""
-        return 0.0 if self._oldest_s is None else self._oldest_s + time.monotonic() - self._noted_at
+        """Age of the oldest file that waits: it goes on while we are busy, or wait for the store. Any thread."""
+        oldest = self._oldest
+        return 0.0 if oldest is None else oldest[0] + time.monotonic() - oldest[1]
 
     def _details(self) -> dict[str, Any]:
         """What the worker says of itself to the others."""
@@ -231,7 +232,7 @@ class Packer:
             "spool": str(self._spool.root),
             "waiting_files": self._waiting[0],
             "waiting_bytes": self._waiting[1],
-            "oldest_waiting_s": None if self._oldest_s is None else round(self._oldest_now(), 1),
+            "oldest_waiting_s": round(self._oldest_now(), 1) if self._waiting[0] else None,
             "packed_files": self.summary.files,
             "packed_bytes": self.summary.bytes,
             "failures": [
@@ -266,11 +267,12 @@ class Packer:
 
     async def _publish(self, batch: str, claimed: ClaimedFiles | None = None) -> bool:
         """Bring a batch to its end; False when it has to be tried again."""
-        began = time.monotonic()
+        began, before = time.monotonic(), self.summary.containers
         try:
             is_whole = await self._publisher.publish(batch, claimed)
-            metrics.PUBLISH_SECONDS.observe(time.monotonic() - began)
-            metrics.LAST_PUBLISH.set_to_current_time()
+            if self.summary.containers > before:  # else it waits for others
+                metrics.PUBLISH_SECONDS.observe(time.monotonic() - began)
+                metrics.LAST_PUBLISH.set_to_current_time()
             return is_whole
         except LeaseLost as error:
             self._failed(error)

@@ -385,8 +385,9 @@ def test_a_signal_ends_it_while_a_file_is_open(store: Path, mount_dir: MountPoin
         assert not servers.is_mounted(mount_dir.path)
 
 
+@pytest.mark.parametrize("program", ["cat", "ls"])
 def test_a_signal_ends_it_while_a_read_waits_for_the_store(
-    s3: S3Server, bucket: str, store: Path, tmp_path: Path
+    s3: S3Server, bucket: str, store: Path, tmp_path: Path, program: str
 ) -> None:
     """docs/semantics.md: SIGTERM and SIGINT unmount and end the daemon, though files are open or reads wait for the
     store. Who still waits gets an error (`Transport endpoint is not connected`), and so does who asks for anything
@@ -395,9 +396,12 @@ def test_a_signal_ends_it_while_a_read_waits_for_the_store(
     with CountingProxy(s3.host, s3.port) as proxy, servers.mount_point(tmp_path / "mnt") as point:
         mount(f"s3://{bucket}", point.path, env=s3.environ(endpoint_url=proxy.url))
         pid = daemon_of(point.path)
-        assert (point.path / DAY / "f").stat().st_size == 7
+        wanted = point.path / DAY
+        if program == "cat":
+            wanted /= "f"
+            assert wanted.stat().st_size == 7
         proxy.delay_s = STALL_S
-        reader = subprocess.Popen(["cat", point.path / DAY / "f"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        reader = subprocess.Popen([program, wanted], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             count = len(proxy.requests)
             wait_until(lambda: len(proxy.requests) > count, "the read")
