@@ -223,3 +223,38 @@ def test_promtool_finds_nothing_to_say(tmp_path: Path, mount_dir: MountPoint, ad
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_waits_is_known_while_the_catalog_is_away(
+    postgres_session: servers.PostgresServer, tmp_path: Path, address: str
+) -> None:
+    """Files that come while the database is down are counted, and their age grows: the alarms depend on it."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    database = postgres_session.new_database("catalog")
+    options = ("--metrics", address, "--settle", "0", "--max-age", "0", "--scan-interval", "0.1", "--lease-ttl", "5")
+    try:
+        with running_packer(
+            spool, str(tmp_path / "store"), *options, env={"DESFS_CATALOG": postgres_session.url(database)}
+        ):
+            wait_until(lambda: answers(address), "the packer")
+            (spool / "first").write_bytes(b"1")
+            wait_until(lambda: total(scrape(address), "desfs_publish_seconds_count") == 1, "the first batch")
+            published = total(scrape(address), "desfs_last_publish_timestamp_seconds")
+            postgres_session.stop()
+            try:
+                for name in ("a", "b", "c"):
+                    (spool / name).write_bytes(b"22")
+                wait_until(lambda: total(scrape(address), "desfs_spool_files") == 3, "the files that wait")
+                wait_until(
+                    lambda: total(scrape(address), "desfs_publish_failures_total", reason="catalog"), "a failure"
+                )
+                assert total(scrape(address), "desfs_spool_bytes") == 6
+                wait_until(lambda: total(scrape(address), "desfs_spool_oldest_file_seconds") > 1, "their age")
+                assert total(scrape(address), "desfs_last_publish_timestamp_seconds") == published
+            finally:
+                postgres_session.start()
+            wait_until(lambda: total(scrape(address), "desfs_last_publish_timestamp_seconds") > published, "a batch")
+            wait_until(lambda: total(scrape(address), "desfs_packed_files_total") == 4, "the files")
+    finally:
+        postgres_session.drop_database(database)
