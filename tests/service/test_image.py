@@ -40,7 +40,8 @@ BUILD_S = 100.0
 PACKAGES = "/srv/packages"
 SECRETS = {
     "desfs-tokens": {"tokens": "old-t0ken\nt0ken-of-the-image\n", "token": "t0ken-of-the-image"},
-    "desfs-s3-write": {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"},
+    "desfs-s3-packer": {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"},
+    "desfs-s3-seal": {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"},
     "desfs-s3-read": {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"},
 }
 

@@ -144,10 +144,10 @@ def test_the_overlays_differ_in_the_catalog_and_in_size(built: list[Manifest], p
     for component in ("assignment", "packer", "seal", "migrate"):
         (container,) = pods(built)[component]["spec"]["containers"]
         refs = {each["name"]: each.get("valueFrom") for each in container["env"]}
-        secret = "desfs-catalog-owner" if component == "migrate" else "desfs-catalog"
+        role = {"assignment": "service", "migrate": "owner"}.get(component, component)
         if built == production:
             assert "catalog" not in settings
-            assert refs["DESFS_CATALOG"] == {"secretKeyRef": {"name": secret, "key": "url"}}
+            assert refs["DESFS_CATALOG"] == {"secretKeyRef": {"name": f"desfs-catalog-{role}", "key": "url"}}
         else:
             assert "DESFS_CATALOG" not in refs
             mounted = {each["mountPath"]: each for each in container["volumeMounts"]}
