@@ -181,7 +181,7 @@ PUBLISH_SECONDS = Histogram(
 )
 PUBLISH_FAILURES = Counter(
     "desfs_publish_failures_total",
-    "Tries to publish that failed, by reason: store, catalog, lease, spool, damage",
+    "Tries to publish that failed, by reason: store, catalog, lease, spool, damage, other",
     ["reason"],
     registry=PACKER,
 )
@@ -206,7 +206,7 @@ for _metric, _labels in (
     (DISK_CACHE_ERRORS, ("read", "write", "damaged")),
     (PAGES_PUSHED, ("stored", "unknown", "dropped", "failed")),
     (INDEX_LOADS, ("disk", "redis", "store")),
-    (PUBLISH_FAILURES, ("store", "catalog", "lease", "spool", "damage")),
+    (PUBLISH_FAILURES, ("store", "catalog", "lease", "spool", "damage", "other")),
     (LEASES, ("acquired", "refused", "lost")),
 ):
     for _label in _labels:

@@ -397,7 +397,9 @@ def _reason(error: Exception) -> str:
         return "catalog"
     if isinstance(error, StoreError):
         return "store"
-    return "damage" if isinstance(error, DesfsError | DesFormatError) else "spool"
+    if isinstance(error, DesFormatError):
+        return "damage"
+    return "other" if isinstance(error, DesfsError) else "spool"
 
 
 def _count_left(found: list[Found]) -> dict[str, int]:
