@@ -229,6 +229,7 @@ class CacheFolder:
             if self._missing_on_disk(wanted) > 0:
                 with self._lock:
                     self._off_until["write"] = self._clock() + _RETRY_S
+                metrics.DISK_CACHE_ERRORS.labels("full").inc()
                 self._say(f"less than {self.free_fraction:.0%} of the disk is free")
         except OSError as error:
             self.failed("write", error)

@@ -71,5 +71,5 @@ def configure_logs(settings: ProgramSettings, *, detached: bool = False) -> None
             root.warning("the log file before could not be closed: %s", error.strerror)
     root.setLevel(settings.log_level.upper())
     # What the SDKs tell of every request is for their own authors.
-    for name in ("botocore", "boto3", "urllib3", "s3transfer"):
+    for name in ("botocore", "boto3", "urllib3", "s3transfer", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -131,7 +131,7 @@ DISK_CACHE_BYTES = Counter(
 )
 DISK_CACHE_ERRORS = Counter(
     "desfs_disk_cache_errors_total",
-    "What went wrong: read, write (the disk refused), damaged (a checksum did not match: a miss)",
+    "What went wrong: read, write (the disk refused), full (too little is free), damaged (a wrong checksum)",
     ["what"],
     registry=MOUNT,
 )
@@ -203,7 +203,7 @@ for _metric, _labels in (
     (STORE_RETRIES, ("list", "get", "put", "copy", "delete")),
     (READ_BYTES, ("read", "pushed")),
     (CACHE_EVICTED, ("memory", "disk")),
-    (DISK_CACHE_ERRORS, ("read", "write", "damaged")),
+    (DISK_CACHE_ERRORS, ("read", "write", "full", "damaged")),
     (PAGES_PUSHED, ("stored", "unknown", "dropped", "failed")),
     (INDEX_LOADS, ("disk", "redis", "store")),
     (PUBLISH_FAILURES, ("store", "catalog", "lease", "spool", "damage", "other")),

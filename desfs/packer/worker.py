@@ -168,11 +168,12 @@ class Packer:
                 if not is_started:
                     await asyncio.to_thread(self._start)
                     is_started = True
+                before = self.summary.files, self.summary.containers
                 is_whole = await self._recover()
                 if self._is_due(found):
-                    before = self.summary.files, self.summary.containers
                     is_whole &= await self._take(found)
-                    files, containers = self.summary.files - before[0], self.summary.containers - before[1]
+                files, containers = self.summary.files - before[0], self.summary.containers - before[1]
+                if containers:
                     log.info("packed", files=files, containers=containers)
                 await self._remove_emptied(wait=False)
                 await self._tend()
